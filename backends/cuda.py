@@ -1,0 +1,101 @@
+"""NVIDIA GPUs, on plain torch operators. The operations hold no CUDA call of their own: they run on any device.
+
+Shape suffixes: T tokens, K choices per token, P rows, E experts, H hidden, I input, O output, B batch, S sequence,
+N query heads, M key/value heads, D query/key head size, W value head size, R rotated dimensions halved, V vocabulary.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backends import peak
+from backends.base import DTYPES, Backend, MemoryStats, Slot
+from backends.cpu import CpuOperations
+
+
+class CudaOperations(CpuOperations):
+    """Where torch has a fused operator it is used; the rest is the definition itself, which runs on any device."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def grouped_mm(self, x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+        offsets = counts_E.cumsum(0).to(torch.int32)
+        return _PackedGradient.apply(F.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=offsets))
+
+
+class _PackedGradient(torch.autograd.Function):
+    """Identity whose gradient is contiguous: the backward of F.grouped_mm refuses expanded gradients."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def cuda_problem() -> tuple[str, str] | None:
+    """Why CUDA cannot be used here and what to do about it; None when it can."""
+    if not torch.backends.cuda.is_built():
+        return (
+            "torch was built without CUDA",
+            "use backend=cpu or install a CUDA build of torch (https://pytorch.org/get-started)",
+        )
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device", "use backend=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return None
+
+
+class CudaBackend(Backend):
+    """One NVIDIA GPU."""
+
+    name = "cuda"
+    distributed_backend = "nccl"
+    deepspeed_accelerator = "cuda"
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+        torch.accelerator.set_device_index(index)
+        self.ops = CudaOperations()
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        return dtype in DTYPES
+
+    def native(self, dtype: torch.dtype) -> bool:
+        major = torch.cuda.get_device_capability(self.device)[0]
+        return {torch.bfloat16: major >= 8, torch.float16: major >= 7, torch.float64: major >= 8}.get(dtype, True)
+
+    def memory(self) -> MemoryStats:
+        return MemoryStats(
+            torch.accelerator.memory_allocated(self.device),
+            torch.accelerator.max_memory_allocated(self.device),
+            torch.cuda.get_device_properties(self.device).total_memory,
+        )
+
+    def reset_peak_memory(self) -> None:
+        torch.accelerator.reset_peak_memory_stats(self.device)
+
+    def peak_flops(self, dtype: torch.dtype) -> float:
+        known = peak.published(self.device_name, dtype)
+        return known if known else peak.measured(self.device, self.device_name, dtype)
+
+    def synchronize(self) -> None:
+        torch.accelerator.synchronize(self.device)
+
+    def environment(self) -> dict[str, str]:
+        # cuBLAS is deterministic only with a fixed workspace; expandable segments fit varying expert loads.
+        return super().environment() | {
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        }
+
+    def slots(self) -> dict[str, Slot]:
+        return {}

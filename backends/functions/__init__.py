@@ -1,0 +1,1 @@
+"""The autograd functions behind the operations, one idea a file."""

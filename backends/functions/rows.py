@@ -1,0 +1,104 @@
+"""Moving rows to their experts and back: gathers in both directions, never a scatter.
+
+Shape suffixes: T tokens, K choices per token, P rows, H hidden, E experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from backends.operations import ExpertOrder
+
+
+def sort_by_expert(experts_TK: Tensor, num_experts: int, dropping: bool) -> ExpertOrder:
+    """A stable sort of the choices; entries equal to ``num_experts`` come last and are cut off."""
+    flat = experts_TK.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
+    if dropping:
+        rows = int(counts.sum())
+        order = order[:rows]
+        inverse = torch.where(flat < num_experts, inverse, -1)
+    return ExpertOrder(order, inverse.view_as(experts_TK), counts)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _sum_choices(rows_PH: Tensor, order: ExpertOrder, weights_TK: Tensor | None) -> Tensor:
+    """Sum over k of ``weights[t, k] * rows[inverse[t, k]]`` -> (T, H), accumulated in fp32 or better."""
+    T, K = order.inverse_TK.shape
+    if rows_PH.shape[0] == 0:
+        return rows_PH.new_zeros(T, rows_PH.shape[1])
+    rows = rows_PH[order.inverse_TK.clamp(min=0)]
+    wide = accumulation_dtype(rows_PH.dtype)
+    weights = torch.ones(T, K, dtype=wide, device=rows.device) if weights_TK is None else weights_TK.to(wide)
+    if order.dropped:
+        weights = weights.masked_fill(order.inverse_TK < 0, 0)
+    return (rows.to(wide) * weights.unsqueeze(-1)).sum(1).to(rows_PH.dtype)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, order: ExpertOrder) -> Tensor:
+        ctx.order = order
+        return x_TH.index_select(0, order.order_P // order.top_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_PH: Tensor) -> tuple[Tensor, None]:
+        return _sum_choices(grad_PH, ctx.order, None), None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_PH: Tensor, order: ExpertOrder, weights_TK: Tensor) -> Tensor:
+        ctx.order = order
+        ctx.save_for_backward(y_PH, weights_TK)
+        return _sum_choices(y_PH, order, weights_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, Tensor]:
+        y_PH, weights_TK = ctx.saved_tensors
+        order = ctx.order
+        wide = accumulation_dtype(y_PH.dtype)
+        grad_PH = grad_TH.index_select(0, order.order_P // order.top_k).to(wide)
+        weight_P = weights_TK.reshape(-1).index_select(0, order.order_P).to(wide)
+        grad_weight_P = (grad_PH * y_PH).sum(-1).to(weights_TK.dtype)
+        grad_weights = torch.zeros_like(weights_TK.reshape(-1)).index_copy_(0, order.order_P, grad_weight_P)
+        return (grad_PH * weight_P.unsqueeze(-1)).to(y_PH.dtype), None, grad_weights.view_as(weights_TK)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_PH: Tensor, index_P: Tensor, inverse_P: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_P)
+        return x_PH.index_select(0, index_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_PH: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_P,) = ctx.saved_tensors
+        return grad_PH.index_select(0, inverse_P), None, None
+
+
+def permute(x_TH: Tensor, order: ExpertOrder) -> Tensor:
+    """See :meth:`backends.operations.Operations.permute`."""
+    return _Permute.apply(x_TH, order)
+
+
+def unpermute(y_PH: Tensor, order: ExpertOrder, weights_TK: Tensor) -> Tensor:
+    """See :meth:`backends.operations.Operations.unpermute`."""
+    return _Unpermute.apply(y_PH, order, weights_TK)
+
+
+def take_rows(x_PH: Tensor, index_P: Tensor, inverse_P: Tensor) -> Tensor:
+    """See :meth:`backends.operations.Operations.take_rows`."""
+    return _TakeRows.apply(x_PH, index_P, inverse_P)

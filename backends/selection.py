@@ -1,0 +1,92 @@
+"""Which backend this process uses, and what `moebius info` says of the others."""
+
+import os
+from typing import Any
+
+import torch
+
+from backends.ascend import ascend_state
+from backends.base import DTYPES, Backend
+from backends.cpu import CpuBackend
+from backends.cuda import CudaBackend, cuda_problem
+from backends.errors import UserError
+
+NAMES = ("cpu", "cuda", "ascend")
+
+
+def select(name: str = "auto") -> Backend:
+    """The backend of this process.
+
+    Args:
+        name: cpu, cuda, ascend, or auto: the accelerator that torch finds, else the CPU.
+
+    Raises:
+        UserError: the name is unknown, or the backend is not available here.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = {"cuda": "cuda", "npu": "ascend"}.get(accelerator.type if accelerator else "", "cpu")
+    if name not in NAMES:
+        raise UserError(f"backend: there is no {name!r}; use auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}")
+    problem = _problem(name)
+    if problem:
+        raise UserError(f"backend: {name!r} is not available here ({problem[0]}); {problem[1]}")
+    return CudaBackend(_local_rank()) if name == "cuda" else CpuBackend()
+
+
+def _problem(name: str) -> tuple[str, str] | None:
+    """Why a backend cannot run here and what to do about it; None when it can."""
+    if name == "cuda":
+        return cuda_problem()
+    if name == "ascend":
+        return ascend_state(), "this version of moebius has no Ascend operations yet; use backend=cpu or backend=cuda"
+    return None
+
+
+def _local_rank() -> int:
+    """This process's place on its machine, as torchrun and the deepspeed launcher set it.
+
+    Raises:
+        UserError: LOCAL_RANK is no number, or there are fewer devices than ranks.
+    """
+    text = os.environ.get("LOCAL_RANK", "0")
+    count = torch.accelerator.device_count()
+    if not text.isdigit() or int(text) >= count:
+        raise UserError(f"LOCAL_RANK={text}: this machine has {count} devices; start at most {count} ranks on it")
+    return int(text)
+
+
+def describe_all() -> list[dict[str, Any]]:
+    """One record a backend: name, available, reason (why not), and, where available, device, dtypes, native dtypes,
+    distributed_backend, operations (slot -> implementation and fallback), peak_flops by dtype, and memory in bytes.
+    """
+    records = []
+    for name in NAMES:
+        problem = _problem(name)
+        record: dict[str, Any] = {"name": name, "available": problem is None, "reason": ""}
+        if problem:
+            record["reason"] = f"{problem[0]}; {problem[1]}"
+        else:
+            record |= _describe(select(name))
+        records.append(record)
+    return records
+
+
+def _describe(backend: Backend) -> dict[str, Any]:
+    def short(dtype: torch.dtype) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    dtypes = [dtype for dtype in DTYPES if backend.supports(dtype)]
+    memory = backend.memory()
+    return {
+        "device": backend.device_name,
+        "dtypes": [short(dtype) for dtype in dtypes],
+        "native": [short(dtype) for dtype in dtypes if backend.native(dtype)],
+        "distributed_backend": backend.distributed_backend,
+        "operations": {
+            slot: {"implementation": served.implementation, "fallback": served.fallback}
+            for slot, served in backend.slots().items()
+        },
+        "peak_flops": {short(dtype): backend.peak_flops(dtype) for dtype in dtypes},
+        "memory": {"allocated": memory.allocated, "peak": memory.peak, "total": memory.total},
+    }
