@@ -1,0 +1,91 @@
+"""Grouped-query attention and multi-head latent attention.
+
+Shapes: B batch, S sequence, H hidden, N query heads, M key/value heads, D head dimension, R rotated dimensions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backends.operations import Operations
+from trainer.model.config import ModelConfig
+from trainer.model.context import Context
+from trainer.model.linear import Linear, RMSNorm
+from trainer.model.rope import softmax_scale
+
+
+class GroupedQueryAttention(nn.Module):
+    """Queries in N heads, keys and values in M (GQA, arXiv 2305.13245), optional bias and QK-norm."""
+
+    def __init__(self, config: ModelConfig, ops: Operations, **factory: Any) -> None:
+        super().__init__()
+        shape = config.attention
+        self.ops, self.head_dim, self.interleaved = ops, shape.head_dim, config.rope.interleaved
+        self.scale = softmax_scale(shape.head_dim, config.rope.yarn)
+        width = shape.num_heads * shape.head_dim
+        kv_width = shape.num_kv_heads * shape.head_dim
+        self.q = Linear(config.hidden_size, width, ops, bias=shape.bias, **factory)
+        self.k = Linear(config.hidden_size, kv_width, ops, bias=shape.bias, **factory)
+        self.v = Linear(config.hidden_size, kv_width, ops, bias=shape.bias, **factory)
+        self.out = Linear(width, config.hidden_size, ops, **factory)
+        if shape.qk_norm:
+            self.q_norm: nn.Module = RMSNorm(shape.head_dim, config.norm_eps, ops, **factory)
+            self.k_norm: nn.Module = RMSNorm(shape.head_dim, config.norm_eps, ops, **factory)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x_BSH: Tensor, context: Context) -> Tensor:
+        heads = (*x_BSH.shape[:2], -1, self.head_dim)
+        q_BSND = self.q_norm(self.q(x_BSH).view(heads))
+        k_BSMD = self.k_norm(self.k(x_BSH).view(heads))
+        q_BSND = self.ops.rotary(q_BSND, context.cos_BSR, context.sin_BSR, self.interleaved)
+        k_BSMD = self.ops.rotary(k_BSMD, context.cos_BSR, context.sin_BSR, self.interleaved)
+        y_BSND = self.ops.attention(q_BSND, k_BSMD, self.v(x_BSH).view(heads), self.scale, context.documents_BS)
+        return self.out(y_BSND.flatten(2))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1, equations 9 to 19).
+
+    Keys and values are expanded from a compressed vector per token; position lives in R extra dimensions of each
+    query head and in one key shared by all heads.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Operations, **factory: Any) -> None:
+        super().__init__()
+        shape = config.attention
+        self.ops, self.shape, self.interleaved = ops, shape, config.rope.interleaved
+        qk_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
+        self.scale = softmax_scale(qk_dim, config.rope.yarn)
+        hidden, heads = config.hidden_size, shape.num_heads
+        if shape.q_lora_rank:
+            self.q_down = Linear(hidden, shape.q_lora_rank, ops, **factory)
+            self.q_norm = RMSNorm(shape.q_lora_rank, config.norm_eps, ops, **factory)
+        self.q_up = Linear(shape.q_lora_rank or hidden, heads * qk_dim, ops, **factory)
+        self.kv_down = Linear(hidden, shape.kv_lora_rank + shape.qk_rope_head_dim, ops, **factory)
+        self.kv_norm = RMSNorm(shape.kv_lora_rank, config.norm_eps, ops, **factory)
+        self.kv_up = Linear(shape.kv_lora_rank, heads * (shape.qk_nope_head_dim + shape.v_head_dim), ops, **factory)
+        self.out = Linear(heads * shape.v_head_dim, hidden, ops, **factory)
+
+    def forward(self, x_BSH: Tensor, context: Context) -> Tensor:
+        shape = self.shape
+        heads = (*x_BSH.shape[:2], shape.num_heads, -1)
+        queries = self.q_norm(self.q_down(x_BSH)) if shape.q_lora_rank else x_BSH
+        q_nope, q_rope = self.q_up(queries).view(heads).split([shape.qk_nope_head_dim, shape.qk_rope_head_dim], -1)
+        latent, k_rope = self.kv_down(x_BSH).split([shape.kv_lora_rank, shape.qk_rope_head_dim], -1)
+        k_nope, v_BSNV = (
+            self.kv_up(self.kv_norm(latent)).view(heads).split([shape.qk_nope_head_dim, shape.v_head_dim], -1)
+        )
+        q_rope = self.ops.rotary(q_rope, context.cos_BSR, context.sin_BSR, self.interleaved)
+        k_rope = self.ops.rotary(k_rope.unsqueeze(2), context.cos_BSR, context.sin_BSR, self.interleaved)
+        q_BSND = torch.cat([q_nope, q_rope], -1)
+        k_BSND = torch.cat([k_nope, k_rope.expand(*heads[:3], -1)], -1)
+        y_BSNV = self.ops.attention(q_BSND, k_BSND, v_BSNV, self.scale, context.documents_BS)
+        return self.out(y_BSNV.flatten(2))
+
+
+def build_attention(config: ModelConfig, ops: Operations, **factory: Any) -> nn.Module:
+    """The attention that ``config.attention.kind`` names."""
+    kind = LatentAttention if config.attention.kind == "mla" else GroupedQueryAttention
+    return kind(config, ops, **factory)

@@ -1,0 +1,147 @@
+"""The whole model: embedding, layers, norm, head, multi-token prediction, and the loss.
+
+It knows no process group. Read on one device it is all the mathematics there is; `parallel` shards its experts,
+replaces their dispatchers and may leave only some of its layers on a rank.
+
+Shapes: B batch, S sequence, H hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from backends.operations import Operations
+from trainer.model.config import ModelConfig
+from trainer.model.context import Context, Meters, Share
+from trainer.model.layer import MultiTokenPrediction, TransformerLayer
+from trainer.model.linear import Linear, RMSNorm
+from trainer.model.moe import MoE
+from trainer.model.rope import rotated_dims, rotations
+
+IGNORED = -100  # label of a position that predicts nothing
+
+
+class MoETransformer(nn.Module):
+    """A Mixture-of-Experts language model.
+
+    Args:
+        config: its shape.
+        ops: the backend's operations.
+        device: where parameters are made; "meta" allocates nothing.
+        dtype: of the parameters; the expert bias is fp32 always.
+        recompute: keep only each layer's input for the backward pass and run the layer again there.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Operations,
+        device: torch.device | str = "meta",
+        dtype: torch.dtype = torch.float32,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.config, self.ops, self.recompute = config, ops, recompute
+        self.meters = Meters()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.layers = nn.ModuleDict(
+            {str(i): TransformerLayer(config, i, ops, **factory) for i in range(config.num_layers)}
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, ops, **factory)
+        self.head = Linear(config.hidden_size, config.vocab_size, ops, **factory)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight  # type: ignore[assignment]
+        self.mtp = nn.ModuleDict(
+            {
+                str(k): MultiTokenPrediction(config, config.num_layers + k, ops, **factory)
+                for k in range(config.mtp_layers)
+            }
+        )
+
+    def moe_layers(self) -> Iterator[tuple[str, MoE]]:
+        """Layer number, as a string, and MoE module of every MoE layer, those of MTP included."""
+        return ((module.name, module) for module in self.modules() if isinstance(module, MoE))
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+        labels_BS: Tensor | None = None,
+        share: Share | None = None,
+    ) -> Tensor:
+        """Logits (B, S, V) in fp32 without labels; with labels this micro-batch's share of the global loss.
+
+        Args:
+            tokens_BS: token ids.
+            positions_BS: position of each token in its document; default 0 .. S-1.
+            documents_BS: attention stays inside equal values; None: each row is one document.
+            labels_BS: the token to predict at each position, -100 where none is.
+            share: what the sums are divided by; default: this micro-batch is the whole batch.
+
+        Returns:
+            With labels, a scalar: language-model loss plus weighted MTP loss. Balance and z-losses are attached to
+            the graph instead (their gradients flow, their values are in ``meters``), because a layer of any
+            pipeline stage may add them.
+        """
+        if positions_BS is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        if share is None:
+            counted = tokens_BS.numel() if labels_BS is None else int((labels_BS != IGNORED).sum())
+            share = Share(tokens=counted, sequences=tokens_BS.shape[0])
+        dims = rotated_dims(self.config.attention, self.config.rope)
+        cos, sin = rotations(self.config.rope, dims, positions_BS)
+        context = Context(cos, sin, documents_BS, share, self.meters)
+        hidden = self._embedded(tokens_BS)
+        for layer in self.layers.values():
+            hidden = self._run(layer, hidden, context)
+        hidden = self.norm(hidden)
+        if labels_BS is None:
+            return self.head(hidden).float()
+        loss = self._cross_entropy(hidden, labels_BS, share)
+        self.meters.add("lm_loss", loss)
+        if self.mtp:
+            further = self._further_ahead(hidden, tokens_BS, labels_BS, context)
+            self.meters.add("mtp_loss", further)
+            loss = loss + self.config.mtp_loss * further
+        return loss
+
+    def _embedded(self, tokens_BS: Tensor) -> Tensor:
+        hidden = F.embedding(tokens_BS, self.embed.weight)
+        return hidden.float() if self.config.residual_fp32 else hidden
+
+    def _run(self, layer: nn.Module, hidden: Tensor, context: Context, *more: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return layer(hidden, *more, context)
+        return checkpoint(
+            layer,
+            hidden,
+            *more,
+            context,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in a layer is random
+            context_fn=lambda: (nullcontext(), context.silent()),
+        )
+
+    def _cross_entropy(self, hidden_BSH: Tensor, labels_BS: Tensor, share: Share) -> Tensor:
+        total, _ = self.ops.linear_cross_entropy(hidden_BSH.flatten(0, 1), self.head.weight, labels_BS.flatten())
+        return total / share.tokens
+
+    def _further_ahead(self, hidden: Tensor, tokens_BS: Tensor, labels_BS: Tensor, context: Context) -> Tensor:
+        """Mean over MTP layers of their cross entropies, each divided by the same token count (equation 24)."""
+        total = hidden.new_zeros((), dtype=torch.float32)
+        ignored = labels_BS.new_full((labels_BS.shape[0], 1), IGNORED)
+        for layer in self.mtp.values():
+            # One token further: position i sees token i+k and predicts token i+k+1, within its document.
+            tokens_BS = tokens_BS.roll(-1, 1)
+            further = torch.cat([labels_BS[:, 1:], ignored], 1)
+            labels_BS = further.masked_fill(labels_BS == IGNORED, IGNORED)
+            hidden = self._run(layer, hidden, context, self._embedded(tokens_BS))
+            total = total + self._cross_entropy(hidden, labels_BS, context.share)
+        return total / len(self.mtp)
