@@ -46,11 +46,8 @@ class Router(nn.Module):
             context: gives the global token and sequence counts that losses are divided by.
         """
         config = self.config
-        logits_BSE = torch.matmul(x_BSH.float(), self.weight.float().t())
-        if config.score == "sigmoid":
-            scores_BSE = logits_BSE.sigmoid()
-        else:
-            scores_BSE = logits_BSE.softmax(-1)
+        logits_BSE = torch.matmul(_at_least_fp32(x_BSH), _at_least_fp32(self.weight).t())
+        scores_BSE = logits_BSE.sigmoid() if config.score == "sigmoid" else logits_BSE.softmax(-1)
         experts_BSK = self._select(scores_BSE.detach())
         weights_BSK = scores_BSE.gather(-1, experts_BSK)
         if config.normalize and config.top_k > 1:
@@ -116,6 +113,10 @@ class Router(nn.Module):
         if self.expert_bias is not None:
             load = tokens_E.double()
             self.expert_bias += self.config.expert_bias_rate * (load.mean() - load).sign().float()
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _tokens_per_expert(experts_BSK: Tensor, num_experts: int) -> Tensor:

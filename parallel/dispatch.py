@@ -1,0 +1,111 @@
+"""Expert parallelism: tokens travel to the ranks that hold their experts and come back.
+
+Shapes: T tokens here, K choices per token, P rows that left or stayed, Q rows that arrived, H hidden,
+E experts of the layer, L = E / ep experts held here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from backends.operations import ExpertOrder, Operations
+from parallel.topology import Axis
+
+
+class ShardableExperts(Protocol):
+    """Stacked experts that can keep a contiguous range of themselves."""
+
+    total: int
+
+    def shard(self, first: int, count: int) -> None:
+        """Keep experts ``first`` to ``first + count - 1``; called before weights exist."""
+
+
+class MoELayer(Protocol):
+    """What this file asks of a Mixture-of-Experts layer."""
+
+    experts: Any  # ShardableExperts; Any because nn.Module attributes are untyped
+    dispatcher: Any
+    dropping: bool
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to and from every rank of a group; the gradient takes the same way back."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _exchange(rows, send, receive, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+        return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def _exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    arrived = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=group)
+    return arrived
+
+
+@dataclass(frozen=True)
+class _Journey:
+    """What ``combine`` needs to bring rows home."""
+
+    order: ExpertOrder
+    send: list[int]  # rows that went to each rank
+    receive: list[int]  # rows that came from each rank
+    by_expert_Q: Tensor  # arrival position of each row once sorted by local expert
+    by_arrival_Q: Tensor  # its inverse
+
+
+class AllToAllDispatcher:
+    """Dropless dispatch with variable splits: one exchange of counts, one of rows, and one back.
+
+    Rows arrive sorted by source rank and then by expert; they are sorted by expert (stable: source ranks in order)
+    so that every local expert sees one contiguous run.
+    """
+
+    def __init__(self, axis: Axis, num_experts: int, ops: Operations, dropping: bool) -> None:
+        self.axis, self.num_experts, self.ops, self.dropping = axis, num_experts, ops, dropping
+
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, _Journey]:
+        """Rows (Q, H) sorted by local expert, tokens per local expert (L,), and the way back."""
+        order = self.ops.sort_by_expert(experts_TK, self.num_experts, self.dropping)
+        going = order.counts_E.view(self.axis.size, -1)
+        coming = torch.empty_like(going)
+        dist.all_to_all_single(coming, going, group=self.axis.group)
+        send, receive = torch.stack([going.sum(1), coming.sum(1)]).tolist()
+        rows_QH = _AllToAll.apply(self.ops.permute(x_TH, order), send, receive, self.axis.group)
+        local = torch.arange(coming.shape[1], device=coming.device).repeat(self.axis.size)
+        expert_Q = local.repeat_interleave(coming.flatten())
+        by_expert_Q = expert_Q.argsort(stable=True)
+        by_arrival_Q = torch.empty_like(by_expert_Q)
+        by_arrival_Q[by_expert_Q] = torch.arange(by_expert_Q.numel(), device=by_expert_Q.device)
+        journey = _Journey(order, send, receive, by_expert_Q, by_arrival_Q)
+        return self.ops.take_rows(rows_QH, by_expert_Q, by_arrival_Q), coming.sum(0), journey
+
+    def combine(self, y_QH: Tensor, weights_TK: Tensor, state: _Journey) -> Tensor:
+        """Weighted sum (T, H) of each token's K results."""
+        y_QH = self.ops.take_rows(y_QH, state.by_arrival_Q, state.by_expert_Q)
+        y_PH = _AllToAll.apply(y_QH, state.receive, state.send, self.axis.group)
+        return self.ops.unpermute(y_PH, state.order, weights_TK)
+
+
+def shard_experts(layers: Iterable[MoELayer], axis: Axis, ops: Operations) -> None:
+    """Give this rank its share of every layer's experts and let tokens travel; nothing to do on one rank."""
+    if axis.size == 1:
+        return
+    for layer in layers:
+        total = layer.experts.total
+        assert total % axis.size == 0, "validate_layout of the config comes first"
+        layer.experts.shard(axis.rank * (total // axis.size), total // axis.size)
+        layer.dispatcher = AllToAllDispatcher(axis, total, ops, layer.dropping)

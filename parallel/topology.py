@@ -1,0 +1,91 @@
+"""One picture of the ranks: a `DeviceMesh` with the axes pp, edp and ep; dp is edp and ep flattened.
+
+A rank's number is ``(pp * edp_size + edp) * ep_size + ep``: expert-parallel ranks are neighbours, so that their
+all-to-all stays inside a node where it can.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from backends.base import Backend
+from parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis seen from this rank."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The mesh and this rank's place on each axis."""
+
+    mesh: DeviceMesh
+    rank: int
+    world_size: int
+    pp: Axis
+    edp: Axis  # replicas of the same experts
+    ep: Axis  # ranks that share out the experts of one layer
+    dp: Axis  # replicas of everything else: edp × ep
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+
+def world_size_from_environment() -> int:
+    """Processes of this job, as the launcher tells: known before any of them has met another."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(backend: Backend, config: ParallelConfig) -> Topology:
+    """Join the other processes (or none) and lay the mesh over them.
+
+    Under a launcher (deepspeed, torchrun) the usual environment variables say where to meet; without one this
+    process is a world of its own and no port is opened.
+    The world size must factor into the configured axes.
+    """
+    world = world_size_from_environment()
+    assert config.expert >= 1 and world % config.expert == 0, "validate_layout of the config comes first"
+    if not dist.is_initialized():
+        # Checkpoints and metadata travel on the CPU even where tensors travel by NCCL or HCCL.
+        name = (
+            "gloo" if backend.device.type == "cpu" else f"cpu:gloo,{backend.device.type}:{backend.distributed_backend}"
+        )
+        if "RANK" in os.environ:
+            dist.init_process_group(name)
+        else:
+            dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)
+    shape = (1, world // config.expert, config.expert)
+    mesh = init_device_mesh(backend.device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
+    flat = mesh["edp", "ep"]._flatten("dp") if world > 1 else None
+
+    def axis(name: str) -> Axis:
+        part = flat if name == "dp" and flat is not None else mesh["ep" if name == "dp" else name]
+        return Axis(part.get_group(), part.get_local_rank(), part.size())
+
+    return Topology(mesh, dist.get_rank(), world, axis("pp"), axis("edp"), axis("ep"), axis("dp"))
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over(axis: Axis, value: torch.Tensor) -> torch.Tensor:
+    """Sum of ``value`` over the axis, in place."""
+    if axis.size > 1:
+        dist.all_reduce(value, group=axis.group)
+    return value
