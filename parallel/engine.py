@@ -247,7 +247,8 @@ def _build(
 
             DeepSpeed does one per group, which hangs when a pipeline stage has another number of groups.
             """
-            total = sum(_square_sum(grads.flat_partition) for grads in self.averaged_gradients.values())
+            squares = [_square_sum(grads.flat_partition) for grads in self.averaged_gradients.values()]
+            total = torch.stack(squares).sum()
             for axis in (topology.dp, topology.pp):
                 if axis.size > 1:
                     dist.all_reduce(total, group=axis.group)

@@ -76,6 +76,7 @@ class TrainConfig:
     deterministic: bool = key(True, "refuse operations whose result varies from run to run")
     eval_every: int = key(200, "steps between evaluations; 0 evaluates only at the end")
     eval_sequences: int = key(64, "held-out sequences of an evaluation; 0 takes all")
+    bigram_baseline: bool = key(False, "at the end, fit a bigram model on the same tokens and print its loss beside")
     log_every: int = key(1, "steps between metric records")
 
 

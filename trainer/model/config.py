@@ -111,7 +111,7 @@ class ModelConfig:
                 refuse(name, f"is {getattr(self, name)}", "it must be at least 1")
         if not 0 <= self.dense_layers <= self.num_layers:
             refuse("dense_layers", f"is {self.dense_layers}", f"it must lie between 0 and num_layers={self.num_layers}")
-        if attention.num_heads % max(attention.num_kv_heads, 1) or attention.num_kv_heads < 1:
+        if attention.kind == "gqa" and (attention.num_kv_heads < 1 or attention.num_heads % attention.num_kv_heads):
             refuse(
                 "attention.num_kv_heads",
                 f"{attention.num_kv_heads} does not divide num_heads={attention.num_heads}",

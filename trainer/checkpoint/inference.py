@@ -1,0 +1,36 @@
+"""A trained model on one device, ready to be called."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from backends.base import Backend
+from backends.errors import UserError
+from trainer.checkpoint.store import CONFIG, TOKENIZER, load_weights, newest
+from trainer.config.load import load_config
+from trainer.config.schema import Config
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.model import MoETransformer
+
+
+def load_for_inference(place: str, backend: Backend) -> tuple[MoETransformer, Tokenizer, Config]:
+    """The model of a checkpoint folder, or of the newest checkpoint of a run directory.
+
+    Returns:
+        the model in its training precision on the backend's device, its tokenizer and its config.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged.
+    """
+    path = Path(place)
+    checkpoint = path if (path / CONFIG).is_file() else newest(path)
+    if checkpoint is None:
+        raise UserError(f"{place}: holds no checkpoint; give a run directory or a folder inside its checkpoints/")
+    config = load_config(str(checkpoint / CONFIG), [])
+    config.data.tokenizer = replace(config.data.tokenizer, path=str(checkpoint / TOKENIZER))
+    tokenizer = load_tokenizer(config.data, str(checkpoint / CONFIG))
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    model = MoETransformer(config.model, backend.ops, device=backend.device, dtype=dtype)
+    load_weights(checkpoint, model)
+    return model.eval(), tokenizer, config

@@ -1,0 +1,221 @@
+"""The training loop: the same for one process and for thousands.
+
+A step reads this rank's share of the global batch, adds up gradients over micro-batches, sums them over ranks, and
+updates. Every loss is a sum divided by a count over the *global* batch, so ranks and micro-batches simply add up.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.errors import UserError
+from parallel.topology import sum_over
+from trainer import checkpoint
+from trainer.config.load import dump_config
+from trainer.data import Batch, bigram_loss
+from trainer.interrupt import StopRequest
+from trainer.metrics.expert_load import expert_load
+from trainer.metrics.meter import Meter
+from trainer.metrics.recorder import Recorder
+from trainer.model import IGNORED, Share
+from trainer.model.count import flops_per_token
+from trainer.optimizer import learning_rate
+from trainer.setup import Run
+
+_REFUSALS = 5  # steps in a row without a finite gradient before the run gives up
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in each part of a step."""
+
+    synchronize: Any
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.synchronize()
+        self.seconds[part] = time.perf_counter() - began
+
+
+class Loop:
+    """Trains a prepared :class:`Run` to its last step."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config
+        self.sequences = self.config.train.global_batch_tokens // self.config.data.sequence_length
+        dp = run.topology.dp
+        share = self.sequences // dp.size
+        self.mine = range(dp.rank * share, (dp.rank + 1) * share)
+        self.refusals = 0
+        self.saved_at = run.step
+        dtype = next(run.model.parameters()).dtype
+        peak = self.config.metrics.peak_tflops * 1e12 or run.backend.peak_flops(dtype)
+        flops = flops_per_token(self.config.model, self.config.data.sequence_length)
+        self.meter = Meter(flops, peak, run.topology.world_size)
+
+    def train(self) -> bool:
+        """Run to the last step, or to the end of the step in which a signal arrives; save either way.
+
+        Returns:
+            whether the last step was reached.
+        """
+        run, train = self.run, self.config.train
+        run.model.train()
+        if run.topology.is_main:
+            run.run_dir.mkdir(parents=True, exist_ok=True)
+            (run.run_dir / "config.yaml").write_text(dump_config(self.config))
+        with (
+            Recorder(str(run.run_dir), self.config, run.topology.is_main, train.steps, run.step) as self.recorder,
+            StopRequest().listening() as self.stop,
+        ):
+            stopped = False
+            while run.step < train.steps and not stopped:
+                stopped = self._step()
+                last = run.step == train.steps or stopped
+                if not stopped and (last or (train.eval_every and run.step % train.eval_every == 0)):
+                    with self.meter.pause():
+                        self.recorder.evaluation({"step": run.step, "validation_loss": self.evaluate()})
+                every = self.config.checkpoint.every
+                if last or (every and run.step % every == 0):
+                    with self.meter.pause():
+                        self._save()
+            if stopped:
+                self.recorder.message(f"stopped after step {run.step}, saved; go on with --resume")
+            elif train.bigram_baseline:
+                self.recorder.evaluation({"step": run.step, "bigram_loss": self._bigram()})
+        return not stopped
+
+    def _step(self) -> bool:
+        """One optimizer step; returns whether some rank wants to stop."""
+        run, config = self.run, self.config
+        watch = Stopwatch(run.backend.synchronize)
+        with watch.time("data"):
+            batch = run.training.read(self.sequences, self.mine)
+            tokens = sum_over(run.topology.dp, (batch.labels_BS != IGNORED).sum().to(run.backend.device))
+            share = Share(tokens=float(tokens), sequences=float(self.sequences))
+            batch = batch.to(run.backend.device)
+        with watch.time("forward_backward"):
+            for micro in batch.split(config.train.micro_batch_size):
+                self._loss(micro, share).backward()
+        with watch.time("reduce"):
+            run.engine.reduce()
+        lr = learning_rate(config.schedule, config.optimizer.lr, run.step + 1, config.train.steps)
+        with watch.time("optimizer"):
+            norm = run.engine.step(lr)
+        losses, counts, stop = self._gather()
+        self._refuse_nonsense(norm)
+        if math.isfinite(norm):
+            for name, moe in run.model.moe_layers():
+                moe.router.balance(counts[name])
+
+        run.step += 1
+        trained = self.sequences * config.data.sequence_length
+        run.tokens += trained
+        self.meter.step(trained)
+        if run.step % config.train.log_every == 0 or run.step == config.train.steps:
+            self.recorder.step(
+                {
+                    "step": run.step,
+                    **losses,
+                    "grad_norm": norm,
+                    "lr": lr,
+                    "tokens": run.tokens,
+                    **self.meter.rates(config.train.steps - run.step),
+                    "memory_gib": run.backend.memory().peak / 2**30,
+                    "times": watch.seconds,
+                    "expert_load": expert_load(counts),
+                }
+            )
+        return stop
+
+    def _loss(self, batch: Batch, share: Share) -> Tensor:
+        documents = batch.documents_BS if self.config.data.reset_at_documents else None
+        return self.run.model(batch.tokens_BS, batch.positions_BS, documents, batch.labels_BS, share)
+
+    def _gather(self) -> tuple[dict[str, float], dict[str, Tensor], bool]:
+        """Losses and tokens per expert of the global batch, and whether any rank wants to stop: two reductions."""
+        run = self.run
+        sums, counts = run.model.meters.take()
+        names = list(sums)
+        device = run.backend.device
+        wants = torch.tensor(float(self.stop.wanted), device=device)
+        values = sum_over(run.topology.dp, torch.stack([*sums.values(), wants])).tolist()
+        losses = dict(zip(names, values, strict=False))
+        weights = {"mtp_loss": self.config.model.mtp_loss}
+        total = {"loss": sum(weights.get(name, 1.0) * value for name, value in losses.items())}
+        if counts:
+            together = sum_over(run.topology.dp, torch.stack(list(counts.values())))
+            counts = dict(zip(counts, together, strict=True))
+        return {**total, **losses}, counts, values[-1] > 0
+
+    def _refuse_nonsense(self, norm: float) -> None:
+        self.refusals = 0 if math.isfinite(norm) else self.refusals + 1
+        if self.refusals == _REFUSALS:
+            raise UserError(
+                f"{self.run.where}: optimizer.lr: the gradient norm was not finite in {_REFUSALS} steps in a row "
+                f"(step {self.run.step + 1}); lower it, or resume from the checkpoint of step {self.saved_at}"
+            )
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss per token on the held-out sequences (``train.eval_sequences`` of them), over all ranks."""
+        run, micro = self.run, self.config.train.micro_batch_size
+        dp = run.topology.dp
+        run.model.eval()
+        run.validation.restart()
+        total = torch.zeros(2, dtype=torch.float64)
+        left = self.config.train.eval_sequences or math.inf
+        while left > 0:
+            count = int(min(dp.size * micro, left))
+            batch = run.validation.read(count, range(dp.rank * micro, (dp.rank + 1) * micro))
+            # Every rank must run as often as the others, whose experts it holds: pad with sequences that count nothing.
+            here = _padded(batch, micro, self.config.data.sequence_length).to(run.backend.device)
+            self._loss(here, Share(1.0, 1.0))
+            sums, _ = run.model.meters.take()
+            row = torch.stack([sums["lm_loss"].double().cpu(), (here.labels_BS != IGNORED).sum().double().cpu()])
+            row = sum_over(dp, row.to(run.backend.device)).cpu()
+            if row[1] == 0:
+                break  # the held-out sequences are exhausted
+            total += row
+            left -= count
+        run.model.train()
+        return float(total[0] / total[1])
+
+    def _bigram(self) -> float:
+        """Validation loss of a smoothed bigram model fitted on the tokens that this run trained on."""
+        self.run.validation.restart()
+        seen = self.run.training.tokens(0, self.config.train.steps * self.sequences)
+        count = self.config.train.eval_sequences or self.run.validation.num_sequences or self.sequences
+        held_out = self.run.validation.read(count, range(count))
+        return bigram_loss(seen, held_out, self.run.tokenizer.vocab_size)
+
+    def _save(self) -> None:
+        run = self.run
+        if self.saved_at == run.step:
+            return
+        state = {"tokens": run.tokens, "data": run.training.state_dict()}
+        checkpoint.save(run.run_dir, run.step, run.model, run.engine, state, self.config, run.tokenizer)
+        self.saved_at = run.step
+
+
+def _padded(batch: Batch, sequences: int, length: int) -> Batch:
+    """The batch with rows that predict nothing added up to ``sequences``."""
+    missing = sequences - len(batch)
+    if not missing:
+        return batch
+    zeros = torch.zeros(missing, length, dtype=torch.int64)
+    return Batch(
+        torch.cat([batch.tokens_BS, zeros]),
+        torch.cat([batch.labels_BS, zeros + IGNORED]),
+        torch.cat([batch.positions_BS, torch.arange(length).expand(missing, length)]),
+        torch.cat([batch.documents_BS, zeros]),
+    )

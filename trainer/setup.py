@@ -1,0 +1,100 @@
+"""From a config to everything that a run needs, in the order that leaves nothing behind when something is wrong."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import backends
+from backends.base import Backend
+from backends.errors import UserError
+from parallel import topology as topologies
+from parallel.dispatch import shard_experts
+from parallel.engine import Engine
+from parallel.topology import Topology
+from trainer import checkpoint
+from trainer.config.schema import Config
+from trainer.config.validate import validate_layout
+from trainer.data import SequenceReader, Tokenizer, check_vocabulary, load_tokenizer, open_data
+from trainer.model import MoETransformer, materialize
+from trainer.optimizer import adamw, parameter_groups
+
+
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    config: Config
+    where: str  # the config file, for messages
+    run_dir: Path
+    backend: Backend
+    topology: Topology
+    tokenizer: Tokenizer
+    training: SequenceReader
+    validation: SequenceReader
+    model: MoETransformer
+    engine: Engine
+    step: int = 0  # steps done
+    tokens: int = 0  # tokens trained on
+
+
+def prepare(config: Config, where: str, resume: bool) -> Run:
+    """Check everything, then join the other ranks and build the model; load the newest checkpoint on resume.
+
+    Raises:
+        UserError: anything that the config, the files or the machine cannot do. Nothing was written then, caches of
+            tokenizer and documents excepted.
+    """
+    run_dir = Path(config.run_dir or f"runs/{config.name}")
+    start_from = _starting_point(run_dir, resume)
+    validate_layout(config, topologies.world_size_from_environment(), where)
+    backend = backends.select(config.backend)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    if not backend.supports(dtype):
+        raise UserError(
+            f"{where}: train.precision: {config.train.precision} is not supported by {backend.device_name}; use fp32"
+        )
+    tokenizer = load_tokenizer(config.data, where)
+    check_vocabulary(tokenizer, config.model.vocab_size, where)
+    training, validation = open_data(config.data, tokenizer, config.seed, where)
+
+    backend.set_deterministic(config.train.deterministic)
+    torch.manual_seed(config.seed)
+    topology = topologies.start(backend, config.parallel)
+    model, engine = build(config, topology, backend)
+    run = Run(config, where, run_dir, backend, topology, tokenizer, training, validation, model, engine)
+    if start_from is not None:
+        state = checkpoint.load(start_from, model, engine, config, where)
+        run.step, run.tokens = state["step"], state["tokens"]
+        training.load_state_dict(state["data"])
+    return run
+
+
+def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETransformer, Engine]:
+    """The model with this rank's experts and its initial weights, and the engine around it."""
+    train = config.train
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    model = MoETransformer(config.model, backend.ops, dtype=dtype, recompute=train.activation_checkpointing == "layer")
+    shard_experts([moe for _, moe in model.moe_layers()], topology.ep, backend.ops)
+    materialize(model, config.seed, backend.device)
+    engine = Engine(
+        model,
+        parameter_groups(model, config.optimizer.weight_decay),
+        adamw(config.optimizer),
+        topology,
+        backend,
+        clip_norm=config.optimizer.clip_norm,
+    )
+    return model, engine
+
+
+def _starting_point(run_dir: Path, resume: bool) -> Path | None:
+    newest = checkpoint.newest(run_dir)
+    if resume:
+        if newest is None:
+            raise UserError(f"{run_dir}: has no checkpoint to resume from; start without --resume")
+        return newest
+    if run_dir.exists() and any(run_dir.iterdir()):
+        hint = "add --resume to go on with it, or " if newest else ""
+        raise UserError(f"{run_dir}: this run directory exists; {hint}choose another run_dir=... or name=...")
+    return None
