@@ -1,19 +1,16 @@
 """The CPU: the definition of every operation, which the other backends are checked against.
 
-Shape suffixes: T tokens, K choices per token, P rows, E experts, H hidden, I input, O output, B batch, S sequence,
-N query heads, M key/value heads, D query/key head size, W value head size, R rotated dimensions halved, V vocabulary.
+Shape suffixes as in ``backends/operations.py``.
 """
 
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from backends import peak, processor
 from backends.base import Backend, MemoryStats, Slot
-from backends.functions import cross_entropy, rows
-from backends.functions.rows import accumulation_dtype
+from backends.functions import attention, cross_entropy, elementwise, matmul, rows
 from backends.operations import ExpertOrder, Operations
 
 
@@ -21,11 +18,10 @@ class CpuOperations(Operations):
     """Every operation on CPU tensors."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-        return F.linear(x, weight, bias)
+        return matmul.linear(x, weight, bias)
 
     def grouped_mm(self, x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-        parts = x_TI.split(counts_E.tolist())
-        return torch.cat([part @ weight.T for part, weight in zip(parts, weight_EOI.unbind(0), strict=True)])
+        return matmul.grouped_mm(x_TI, weight_EOI, counts_E)
 
     def sort_by_expert(self, experts_TK: Tensor, num_experts: int, dropping: bool = True) -> ExpertOrder:
         return rows.sort_by_expert(experts_TK, num_experts, dropping)
@@ -40,42 +36,18 @@ class CpuOperations(Operations):
         return rows.take_rows(x_PH, index_P, inverse_P)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(accumulation_dtype(x.dtype))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (normed * weight).to(weight.dtype)
+        return elementwise.rms_norm(x, weight, eps)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up
+        return elementwise.swiglu(gate_up)
 
     def rotary(self, x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool) -> Tensor:
-        half = cos_BSR.shape[-1]
-        turned, rest = x_BSND[..., : 2 * half], x_BSND[..., 2 * half :]
-        wide = turned.to(accumulation_dtype(x_BSND.dtype))
-        pairs = wide.unflatten(-1, (half, 2) if interleaved else (2, half))
-        pair_dim = -1 if interleaved else -2
-        first, second = pairs.unbind(pair_dim)
-        cos, sin = cos_BSR.unsqueeze(2), sin_BSR.unsqueeze(2)
-        result = torch.stack((first * cos - second * sin, second * cos + first * sin), pair_dim).flatten(-2)
-        return torch.cat((result.to(x_BSND.dtype), rest), -1)
+        return elementwise.rotary(x_BSND, cos_BSR, sin_BSR, interleaved)
 
     def attention(
         self, q_BSND: Tensor, k_BSMD: Tensor, v_BSMW: Tensor, scale: float, documents_BS: Optional[Tensor] = None
     ) -> Tensor:
-        S = q_BSND.shape[1]
-        mask = None
-        if documents_BS is not None:
-            same = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
-            mask = (same & torch.ones(S, S, dtype=torch.bool, device=same.device).tril()).unsqueeze(1)
-        return F.scaled_dot_product_attention(
-            q_BSND.transpose(1, 2),
-            k_BSMD.transpose(1, 2),
-            v_BSMW.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=q_BSND.shape[2] != k_BSMD.shape[2],
-        ).transpose(1, 2)
+        return attention.attention(q_BSND, k_BSMD, v_BSMW, scale, documents_BS)
 
     def linear_cross_entropy(self, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
         return cross_entropy.linear_cross_entropy(hidden_TH, weight_VH, labels_T)
@@ -118,4 +90,14 @@ class CpuBackend(Backend):
         """Nothing to wait for: CPU operators return when they are done."""
 
     def slots(self) -> dict[str, Slot]:
-        return {}
+        slow_bf16 = "" if self.native(torch.bfloat16) else "bf16 computes through fp32: no bf16 units here"
+        return {
+            "linear": Slot("torch mm", slow_bf16),
+            "grouped_mm": Slot("torch mm per expert", slow_bf16),
+            "permute": Slot("gather, and embedding_bag to sum"),
+            "rms_norm": Slot("own autograd function"),
+            "swiglu": Slot("own autograd function"),
+            "rotary": Slot("own autograd function"),
+            "attention": Slot("blocks of queries on bmm"),
+            "linear_cross_entropy": Slot("chunks of tokens", slow_bf16),
+        }

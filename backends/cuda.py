@@ -1,7 +1,6 @@
 """NVIDIA GPUs, on plain torch operators. The operations hold no CUDA call of their own: they run on any device.
 
-Shape suffixes: T tokens, K choices per token, P rows, E experts, H hidden, I input, O output, B batch, S sequence,
-N query heads, M key/value heads, D query/key head size, W value head size, R rotated dimensions halved, V vocabulary.
+Shape suffixes as in ``backends/operations.py``.
 """
 
 from typing import Optional
@@ -12,11 +11,13 @@ from torch import Tensor
 
 from backends import peak
 from backends.base import DTYPES, Backend, MemoryStats, Slot
-from backends.cpu import CpuOperations
+from backends.functions import cross_entropy, elementwise, rows
+from backends.functions.rows import accumulation_dtype
+from backends.operations import ExpertOrder, Operations
 
 
-class CudaOperations(CpuOperations):
-    """Where torch has a fused operator it is used; the rest is the definition itself, which runs on any device."""
+class CudaOperations(Operations):
+    """Where torch has a fused operator it is used; the rest is the CPU's definition, which runs on any device."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -24,6 +25,55 @@ class CudaOperations(CpuOperations):
     def grouped_mm(self, x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
         offsets = counts_E.cumsum(0).to(torch.int32)
         return _PackedGradient.apply(F.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=offsets))
+
+    def sort_by_expert(self, experts_TK: Tensor, num_experts: int, dropping: bool = True) -> ExpertOrder:
+        return rows.sort_by_expert(experts_TK, num_experts, dropping)
+
+    def permute(self, x_TH: Tensor, order: ExpertOrder) -> Tensor:
+        return rows.permute(x_TH, order)
+
+    def unpermute(self, y_PH: Tensor, order: ExpertOrder, weights_TK: Tensor) -> Tensor:
+        return rows.unpermute(y_PH, order, weights_TK)
+
+    def take_rows(self, x_PH: Tensor, index_P: Tensor, inverse_P: Tensor) -> Tensor:
+        return rows.take_rows(x_PH, index_P, inverse_P)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype == weight.dtype:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        wide = accumulation_dtype(x.dtype)
+        return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(weight.dtype)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def rotary(self, x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool) -> Tensor:
+        return elementwise.rotary(x_BSND, cos_BSR, sin_BSR, interleaved)
+
+    def attention(
+        self, q_BSND: Tensor, k_BSMD: Tensor, v_BSMW: Tensor, scale: float, documents_BS: Optional[Tensor] = None
+    ) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSMD, v_BSMW))
+        head, value_head = q.shape[-1], v.shape[-1]
+        if value_head < head:
+            # The flash kernel wants one head size: zero columns of v give zero columns of the result.
+            v = F.pad(v, (0, head - value_head))
+        mask = None if documents_BS is None else _document_mask(documents_BS)
+        result = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return result.transpose(1, 2)[..., :value_head]
+
+    def linear_cross_entropy(self, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy.linear_cross_entropy(hidden_TH, weight_VH, labels_T)
+
+
+def _document_mask(documents_BS: Tensor) -> Tensor:
+    """(B, 1, S, S), True where a query may attend: an earlier position of the same document."""
+    S = documents_BS.shape[1]
+    same = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
+    return (same & torch.ones(S, S, dtype=torch.bool, device=same.device).tril()).unsqueeze(1)
 
 
 class _PackedGradient(torch.autograd.Function):
@@ -98,4 +148,14 @@ class CudaBackend(Backend):
         }
 
     def slots(self) -> dict[str, Slot]:
-        return {}
+        narrow = "" if self.native(torch.bfloat16) else "bf16 is emulated: compute capability below 8.0"
+        return {
+            "linear": Slot("F.linear", narrow),
+            "grouped_mm": Slot("F.grouped_mm", narrow),
+            "permute": Slot("gather, and embedding_bag to sum"),
+            "rms_norm": Slot("F.rms_norm"),
+            "swiglu": Slot("F.silu times up", "torch has no fused SwiGLU"),
+            "rotary": Slot("own autograd function", "torch has no fused rotary embedding"),
+            "attention": Slot("F.scaled_dot_product_attention"),
+            "linear_cross_entropy": Slot("chunks of tokens"),
+        }

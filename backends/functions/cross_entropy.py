@@ -3,7 +3,7 @@
 Shape suffixes: T tokens, H hidden, V vocabulary, C tokens of a chunk.
 """
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -12,56 +12,72 @@ from torch.autograd.function import once_differentiable
 from backends.functions.rows import accumulation_dtype
 
 IGNORED = -100
-_CHUNK_BYTES = 32 * 2**20  # of wide logits
+_CHUNK_BYTES = 32 * 2**20  # of wide logits: enough rows for the multiply, few enough to stay near the caches
+
+
+def _wide_mm(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """``a @ b`` with its result in ``wide``: narrow operands stay narrow where the device accumulates them so."""
+    if a.device.type == "cuda" and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=wide)
+    return torch.mm(a.to(wide), b.to(wide))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient with respect to the logits is known in the forward, so the backward only scales.
 
-    softmax(z) - onehot(label) is formed in place of the logits of a chunk while they are there.
+    softmax(z) - onehot(label) takes the place of a chunk's logits while they are there.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
-        T, V = hidden_TH.shape[0], weight_VH.shape[0]
-        wide = accumulation_dtype(hidden_TH.dtype)
+        dtype, wide = hidden_TH.dtype, accumulation_dtype(hidden_TH.dtype)
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
-        weight_wide = weight_VH.to(wide)
-        loss = torch.zeros((), dtype=wide, device=hidden_TH.device)
+        device = hidden_TH.device
+        # On the CPU the weight is widened once here, and not for each chunk.
+        weight = weight_VH if device.type == "cuda" else weight_VH.to(wide)
+        loss = torch.zeros((), dtype=wide, device=device)
         grad_hidden = torch.empty_like(hidden_TH) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight_wide) if wants_weight else None
-        chunk = max(1, _CHUNK_BYTES // (V * wide.itemsize))
-        for start in range(0, T, chunk):
-            rows = slice(start, min(start + chunk, T))
-            hidden_CH, labels_C = hidden_TH[rows].to(wide), labels_T[rows]
+        grad_weight = torch.zeros(weight_VH.shape, dtype=wide, device=device) if wants_weight else None
+        chunk = max(1, _CHUNK_BYTES // (weight_VH.shape[0] * wide.itemsize))
+        for start in range(0, hidden_TH.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            hidden_CH, labels_C = hidden_TH[rows].to(weight.dtype), labels_T[rows]
             kept_C1 = (labels_C != IGNORED).unsqueeze(1)
             target_C1 = labels_C.clamp(min=0).unsqueeze(1)
-            logits_CV = hidden_CH @ weight_wide.T
-            log_sum_C1 = torch.logsumexp(logits_CV, 1, keepdim=True)
-            loss += ((log_sum_C1 - logits_CV.gather(1, target_C1)) * kept_C1).sum()
+            logits_CV = _wide_mm(hidden_CH, weight.T, wide)
+            target_logit_C1 = logits_CV.gather(1, target_C1)
+            largest_C1 = logits_CV.amax(1, keepdim=True)
+            # softmax is one fused pass, and its largest entry is 1 / sum(exp(z - max z)): no second exponential.
+            grad_CV = torch.softmax(logits_CV, 1, out=logits_CV)
+            log_sum_C1 = largest_C1 - grad_CV.amax(1, keepdim=True).log_()
+            loss += ((log_sum_C1 - target_logit_C1) * kept_C1).sum()
             if not (wants_hidden or wants_weight):
                 continue
-            grad_CV = logits_CV.sub_(log_sum_C1).exp_()
-            grad_CV.scatter_add_(1, target_C1, torch.full_like(log_sum_C1, -1.0))
-            grad_CV *= kept_C1
+            grad_CV.scatter_(1, target_C1, grad_CV.gather(1, target_C1) - 1)  # scatter_add is not deterministic on CUDA
+            grad_CV = grad_CV.to(weight.dtype)
+            # Ignored tokens are masked in the narrow operands and not in all of grad_CV.
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad_CV @ weight_wide).to(hidden_TH.dtype)
+                torch.mul(_wide_mm(grad_CV, weight, wide), kept_C1, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight.addmm_(grad_CV.T, hidden_CH)
+                hidden_CH = hidden_CH * kept_C1
+                if weight.dtype == wide:
+                    grad_weight.addmm_(grad_CV.T, hidden_CH)
+                else:
+                    grad_weight += _wide_mm(grad_CV.T, hidden_CH, wide)
         count = (labels_T != IGNORED).sum()
-        ctx.grads = grad_hidden, grad_weight, weight_VH.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = dtype, weight_VH.dtype
         ctx.mark_non_differentiable(count)
         return loss, count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_count: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_hidden, grad_weight, weight_dtype = ctx.grads
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(weight_dtype)
-        return grad_hidden, grad_weight, None
+    def backward(ctx: Any, grad_loss: Tensor, _grad_count: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
+        grads = [
+            None if grad is None else torch.mul(grad, grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return grads[0], grads[1], None
 
 
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:

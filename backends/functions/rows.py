@@ -3,9 +3,10 @@
 Shape suffixes: T tokens, K choices per token, P rows, H hidden, E experts.
 """
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -31,17 +32,24 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _sum_choices(rows_PH: Tensor, order: ExpertOrder, weights_TK: Tensor | None) -> Tensor:
+def _sum_choices(rows_PH: Tensor, order: ExpertOrder, weights_TK: Optional[Tensor]) -> Tensor:
     """Sum over k of ``weights[t, k] * rows[inverse[t, k]]`` -> (T, H), accumulated in fp32 or better."""
-    T, K = order.inverse_TK.shape
+    inverse_TK, dtype = order.inverse_TK, rows_PH.dtype
     if rows_PH.shape[0] == 0:
-        return rows_PH.new_zeros(T, rows_PH.shape[1])
-    rows = rows_PH[order.inverse_TK.clamp(min=0)]
-    wide = accumulation_dtype(rows_PH.dtype)
-    weights = torch.ones(T, K, dtype=wide, device=rows.device) if weights_TK is None else weights_TK.to(wide)
+        return rows_PH.new_zeros(inverse_TK.shape[0], rows_PH.shape[1])
+    wide = accumulation_dtype(dtype)
+    weights = None if weights_TK is None else weights_TK.to(wide)
     if order.dropped:
-        weights = weights.masked_fill(order.inverse_TK < 0, 0)
-    return (rows.to(wide) * weights.unsqueeze(-1)).sum(1).to(rows_PH.dtype)
+        kept_TK = inverse_TK >= 0
+        weights = kept_TK.to(wide) if weights is None else weights * kept_TK
+        inverse_TK = inverse_TK.clamp(min=0)
+    if weights is None or dtype == wide:
+        # One fused pass, which accumulates in fp32; it takes weights of the rows' dtype only.
+        return F.embedding_bag(inverse_TK, rows_PH, mode="sum", per_sample_weights=weights)
+    total = rows_PH.index_select(0, inverse_TK[:, 0]).to(wide).mul_(weights[:, :1])
+    for k in range(1, order.top_k):
+        total.addcmul_(rows_PH.index_select(0, inverse_TK[:, k]), weights[:, k : k + 1])
+    return total.to(dtype)
 
 
 class _Permute(torch.autograd.Function):
@@ -65,15 +73,18 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, Optional[Tensor]]:
         y_PH, weights_TK = ctx.saved_tensors
         order = ctx.order
         wide = accumulation_dtype(y_PH.dtype)
         grad_PH = grad_TH.index_select(0, order.order_P // order.top_k).to(wide)
-        weight_P = weights_TK.reshape(-1).index_select(0, order.order_P).to(wide)
-        grad_weight_P = (grad_PH * y_PH).sum(-1).to(weights_TK.dtype)
-        grad_weights = torch.zeros_like(weights_TK.reshape(-1)).index_copy_(0, order.order_P, grad_weight_P)
-        return (grad_PH * weight_P.unsqueeze(-1)).to(y_PH.dtype), None, grad_weights.view_as(weights_TK)
+        grad_weights = None
+        if ctx.needs_input_grad[2]:
+            grad_weight_P = torch.linalg.vecdot(grad_PH, y_PH.to(wide)).to(weights_TK.dtype)
+            grad_weights = weights_TK.new_zeros(weights_TK.numel())
+            grad_weights = grad_weights.index_copy_(0, order.order_P, grad_weight_P).view_as(weights_TK)
+        weight_P1 = weights_TK.reshape(-1, 1).index_select(0, order.order_P).to(wide)
+        return grad_PH.mul_(weight_P1).to(y_PH.dtype), None, grad_weights
 
 
 class _TakeRows(torch.autograd.Function):

@@ -1,0 +1,135 @@
+"""RMSNorm, SwiGLU and rotary embedding: few passes over memory, exact gradients, fp32 inside.
+
+Each saves its inputs and recomputes the cheap rest in the backward. Long tensors go through in blocks of rows, so
+that what one operator writes is in the cache when the next reads it.
+
+Shape suffixes: T rows, H hidden, I half of a SwiGLU input, B batch, S sequence, N heads, D head size,
+R rotated dimensions halved.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from backends.functions.rows import accumulation_dtype
+
+_BLOCK_ELEMENTS = 2**19
+
+
+def _row_blocks(x_TH: Tensor) -> Iterator[slice]:
+    step = max(1, _BLOCK_ELEMENTS // max(1, x_TH.shape[1]))
+    for start in range(0, x_TH.shape[0], step):
+        yield slice(start, start + step)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        wide = accumulation_dtype(x_TH.dtype)
+        result = torch.empty(x_TH.shape, dtype=weight_H.dtype, device=x_TH.device)
+        rstd_T1 = torch.empty(x_TH.shape[0], 1, dtype=wide, device=x_TH.device)
+        weight = weight_H.to(wide)
+        for rows in _row_blocks(x_TH):
+            x = x_TH[rows].to(wide)
+            rstd = torch.linalg.vecdot(x, x).unsqueeze_(1).div_(x.shape[1]).add_(eps).rsqrt_()
+            rstd_T1[rows] = rstd
+            result[rows] = (x * rstd).mul_(weight)
+        ctx.save_for_backward(x_TH, weight_H, rstd_T1)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_TH, weight_H, rstd_T1 = ctx.saved_tensors
+        wide = rstd_T1.dtype
+        weight = weight_H.to(wide)
+        grad_x = torch.empty_like(x_TH)
+        grad_weight = torch.zeros_like(weight)
+        for rows in _row_blocks(x_TH):
+            x, grad, rstd = x_TH[rows].to(wide), grad_TH[rows].to(wide), rstd_T1[rows]
+            product = grad * x
+            # y = x·r·w with r = (mean x² + eps)^-1/2, so dx = r·w·dy - x·r³·mean(x·w·dy) and dw = sum(r·x·dy).
+            grad_weight.addmv_(product.T, rstd.squeeze(1))
+            share = torch.mv(product, weight).unsqueeze_(1).mul_(rstd**3).div_(x.shape[1])
+            result = torch.mul(grad, weight, out=product).mul_(rstd)
+            grad_x[rows] = result.addcmul_(x, share, value=-1)
+        return grad_x, grad_weight.to(weight_H.dtype), None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        wide = accumulation_dtype(gate_up.dtype)
+        result = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        for rows in _row_blocks(gate_up):
+            gate, up = gate_up[rows].to(wide).chunk(2, -1)
+            result[rows] = torch.nn.functional.silu(gate).mul_(up)
+        ctx.save_for_backward(gate_up)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TI: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        wide = accumulation_dtype(gate_up.dtype)
+        grad_gate_up = torch.empty_like(gate_up)
+        half = grad_TI.shape[1]
+        for rows in _row_blocks(gate_up):
+            gate, up = gate_up[rows].to(wide).chunk(2, -1)
+            grad, into = grad_TI[rows].to(wide), grad_gate_up[rows]
+            sigmoid = torch.sigmoid(gate)
+            silu = gate * sigmoid
+            slope = torch.addcmul(silu, silu, sigmoid, value=-1).add_(sigmoid)  # s + g·s·(1 - s)
+            into[:, :half] = slope.mul_(up).mul_(grad)
+            into[:, half:] = silu.mul_(grad)
+        return grad_gate_up
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos_BSR, sin_BSR)
+        ctx.interleaved = interleaved
+        return _rotate(x_BSND, cos_BSR, sin_BSR, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSND: Tensor) -> tuple[Tensor, None, None, None]:
+        cos_BSR, sin_BSR = ctx.saved_tensors
+        return _rotate(grad_BSND, cos_BSR, -sin_BSR, ctx.interleaved), None, None, None  # a rotation's transpose
+
+
+def _rotate(x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool) -> Tensor:
+    half = cos_BSR.shape[-1]
+    wide = accumulation_dtype(x_BSND.dtype)
+    result = torch.empty(x_BSND.shape, dtype=x_BSND.dtype, device=x_BSND.device)
+    cos, sin = cos_BSR.to(wide).unsqueeze(2), sin_BSR.to(wide).unsqueeze(2)
+    turned = x_BSND[..., : 2 * half].to(wide)
+    if interleaved:
+        pairs = turned.unflatten(-1, (half, 2)).contiguous()
+        product = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        result[..., : 2 * half] = torch.view_as_real(product).flatten(-2)
+    else:
+        first, second = turned.chunk(2, -1)
+        result[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
+        result[..., half : 2 * half] = (second * cos).addcmul_(first, sin)
+    result[..., 2 * half :] = x_BSND[..., 2 * half :]
+    return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See :meth:`backends.operations.Operations.rms_norm`."""
+    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """See :meth:`backends.operations.Operations.swiglu`."""
+    return _SwiGLU.apply(gate_up.reshape(-1, gate_up.shape[-1])).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+def rotary(x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool) -> Tensor:
+    """See :meth:`backends.operations.Operations.rotary`."""
+    return _Rotary.apply(x_BSND, cos_BSR, sin_BSR, interleaved)
