@@ -1,0 +1,55 @@
+"""Training and validation sequences of a run."""
+
+from backends.errors import UserError
+from trainer.config.schema import DataConfig
+from trainer.data.documents import Documents
+from trainer.data.packed import PackedReader
+from trainer.data.packing import packed_corpus
+from trainer.data.sequences import Order, SequenceReader
+from trainer.data.sources import require_documents, training_documents, validation_documents
+from trainer.data.streaming import StreamReader
+from trainer.data.tokenizer import Tokenizer
+
+
+def open_data(config: DataConfig, tokenizer: Tokenizer, seed: int, where: str) -> tuple[SequenceReader, SequenceReader]:
+    """The (training, validation) readers of a run. Every rank calls this; one of them tokenizes.
+
+    Training sequences wrap into further epochs and are shuffled if ``config.shuffle``; validation sequences keep their
+    order and end.
+
+    Args:
+        config: the `data` section.
+        tokenizer: see :func:`trainer.data.tokenizer.load_tokenizer`.
+        seed: seed of the shuffling, any integer.
+        where: the config file, for messages.
+
+    Raises:
+        UserError: for documents that cannot be read, a cache that cannot be written, or a half of the corpus that
+            does not fill one sequence (when streaming: at the first read).
+    """
+    if config.sequence_length < 1:
+        raise UserError(f"{where}: data.sequence_length: is {config.sequence_length}; it must be at least 1")
+    halves = training_documents(config, where), validation_documents(config, where)
+    shuffle_seed = seed if config.shuffle else None
+    return (
+        _reader(halves[0], shuffle_seed, False, config, tokenizer, where),
+        _reader(halves[1], None, True, config, tokenizer, where),
+    )
+
+
+def _reader(
+    documents: Documents, seed: int | None, held_out: bool, config: DataConfig, tokenizer: Tokenizer, where: str
+) -> SequenceReader:
+    length = config.sequence_length
+    if config.streaming:
+        order = Order(True, tokenizer.fingerprint, documents.signature(), length, seed)
+        return StreamReader(documents, tokenizer, order, held_out, config, where)
+    corpus = packed_corpus(documents, tokenizer, config, where)
+    require_documents(len(corpus.starts_D), held_out, config, where)
+    if not corpus.num_sequences(length):
+        raise UserError(
+            f"{where}: data.sequence_length: the {len(corpus.tokens_N)} {'validation' if held_out else 'training'} "
+            f"tokens do not fill one sequence of {length} tokens and the next; lower it or give more text"
+        )
+    order = Order(False, tokenizer.fingerprint, corpus.fingerprint, length, seed)
+    return PackedReader(corpus, order, not held_out, config.reset_at_documents, where)
