@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
 def _train(path: str, overrides: list[str], resume: bool, sample: bool) -> int:
     from trainer.config.load import load_config
 
-    config = load_config(path, overrides)  # before torch is imported: a typo costs no wait
+    config = load_config(path, overrides)
 
     from parallel.topology import stop
     from trainer.loop import Loop

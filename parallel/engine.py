@@ -16,7 +16,9 @@ ranks and micro-batches, never averaged.
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,12 +70,12 @@ def _deepspeed(backend: Backend) -> Any:
     """Import DeepSpeed for this backend, without its start-up builds and banners."""
     os.environ.setdefault("DS_ACCELERATOR", backend.deepspeed_accelerator)
     os.environ.setdefault("LOCAL_RANK", "0")  # it insists, even without a launcher
-    import logging
-
+    # It still calls torch's older name of one collective, once per rank and call site.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+    import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
-    import deepspeed
+    logger.setLevel(logging.ERROR)  # its start-up notes and warnings are about choices that this file makes
 
     # Its shared-memory collectives would be compiled at start (36 to 80 s); gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -147,7 +149,7 @@ class Engine:
             axis = self._replicas(group)
             parts = self._flats[index].chunk(axis.size)
             if axis.size > 1:
-                dist.reduce_scatter_tensor(parts[axis.rank], self._flats[index], group=axis.group)
+                dist.reduce_scatter_single(parts[axis.rank], self._flats[index], group=axis.group)
             self.zero.averaged_gradients[index] = _Partition(parts[axis.rank])
 
     def step(self, lr: float) -> float:

@@ -176,7 +176,8 @@ class Loop:
         left = self.config.train.eval_sequences or math.inf
         while left > 0:
             count = int(min(dp.size * micro, left))
-            batch = run.validation.read(count, range(dp.rank * micro, (dp.rank + 1) * micro))
+            first = min(dp.rank * micro, count)
+            batch = run.validation.read(count, range(first, min(first + micro, count)))
             # Every rank must run as often as the others, whose experts it holds: pad with sequences that count nothing.
             here = _padded(batch, micro, self.config.data.sequence_length).to(run.backend.device)
             self._loss(here, Share(1.0, 1.0))

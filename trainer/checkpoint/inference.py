@@ -7,7 +7,7 @@ import torch
 
 from backends.base import Backend
 from backends.errors import UserError
-from trainer.checkpoint.store import CONFIG, TOKENIZER, load_weights, newest
+from trainer.checkpoint.store import CONFIG, STATE, TOKENIZER, load_weights, newest
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
@@ -24,7 +24,7 @@ def load_for_inference(place: str, backend: Backend) -> tuple[MoETransformer, To
         UserError: there is no checkpoint, or it is damaged.
     """
     path = Path(place)
-    checkpoint = path if (path / CONFIG).is_file() else newest(path)
+    checkpoint = path if (path / STATE).is_file() else newest(path)
     if checkpoint is None:
         raise UserError(f"{place}: holds no checkpoint; give a run directory or a folder inside its checkpoints/")
     config = load_config(str(checkpoint / CONFIG), [])

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,7 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor], no_dist: bool = False) -
                 f"{checkpoint}: tensor {name} {has}, the model needs {size}; use the config it was trained with"
             )
     try:
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         dcp.load(tensors, checkpoint_id=checkpoint, planner=DefaultLoadPlanner(), no_dist=no_dist)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
