@@ -1,0 +1,36 @@
+"""The `moebius` command. Nothing heavy is imported before a subcommand is chosen, so that help is instant."""
+
+import argparse
+import importlib
+import sys
+from importlib.metadata import version
+
+from launch.arguments import Parser
+
+COMMANDS = {
+    "train": "train a model from a config",
+    "generate": "continue prompts with a trained model",
+    "info": "show versions, devices and what each backend can do here",
+    "params": "count the parameters of a config's model by part",
+    "plot": "draw the loss curve of a run",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``moebius <command> ...``; each command is the ``main(argv)`` of the module of that name."""
+    commands = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    parser = Parser(
+        prog="moebius",
+        description="A hardware-agnostic distributed trainer for Mixture-of-Experts language models.",
+        epilog=f"commands:\n{commands}\n\n`moebius <command> --help` says more, and for train lists every config key.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"moebius {version('moebius-train')}")
+    parser.add_argument("command", metavar="command", choices=COMMANDS, help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own arguments")
+    chosen = parser.parse_args(argv)
+    return importlib.import_module(f"launch.{chosen.command}").main(chosen.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

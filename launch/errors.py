@@ -1,0 +1,45 @@
+"""From an exception to one line and an exit code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def run(command: Callable[[], int], debug: bool) -> int:
+    """Run a command and return its exit code.
+
+    A :class:`backends.errors.UserError` becomes one line on standard error and exit code 2; on several ranks only
+    the first one speaks. An interrupt gives exit code 130, a reader that closed our output 0. Any other exception
+    is ours to mend and passes through.
+
+    Args:
+        command: does the work and returns its exit code.
+        debug: show the traceback too, of every rank.
+    """
+    try:
+        return command()
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough, as in `moebius info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        return 0
+    except Exception as error:
+        from backends.errors import UserError  # brings torch in, which a command may not have needed
+
+        if not isinstance(error, UserError):
+            raise
+        if debug:
+            traceback.print_exc()
+        complain(str(error), every_rank=debug)
+        return USER_ERROR
+
+
+def complain(problem: str, every_rank: bool = False) -> None:
+    """Print ``moebius: <problem>`` on standard error as one line, on the first rank unless ``every_rank``."""
+    if every_rank or os.environ.get("RANK", "0") == "0":
+        print("moebius:", " ".join(problem.split()), file=sys.stderr)

@@ -1,0 +1,100 @@
+"""Sampling with a model whose next token is known."""
+
+import pytest
+import torch
+
+from trainer.generate import sample
+
+
+class Letters:
+    """a to z are 0 to 25; 26 ends the document; the model has more rows than that."""
+
+    end_of_document = 26
+    vocab_size = 27
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("a") for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(token + ord("a")) for token in ids)
+
+
+class Alphabet:
+    """Likes the next letter best, then the one after that; after z the end. Ids over 26 it likes above all."""
+
+    def __init__(self, second: float = -100.0) -> None:
+        self.second, self.shapes, self.first_tokens = second, [], []
+
+    def __call__(self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor) -> torch.Tensor:
+        assert positions_BS.tolist() == [list(range(tokens_BS.shape[1]))] * tokens_BS.shape[0]
+        self.shapes.append(tuple(tokens_BS.shape))
+        self.first_tokens += tokens_BS[:, 0].tolist()
+        logits_BSV = torch.full((*tokens_BS.shape, 32), -100.0)
+        logits_BSV.scatter_(-1, ((tokens_BS + 2) % 27).unsqueeze(-1), self.second)
+        logits_BSV.scatter_(-1, ((tokens_BS + 1) % 27).unsqueeze(-1), 0.0)
+        logits_BSV[..., 27:] = 10.0
+        return logits_BSV
+
+
+def run(model, prompts, new_tokens=5, length=100, **settings) -> list[str]:
+    return sample(model, Letters(), prompts, new_tokens, length, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0, "top_p": 1.0}])
+def test_continues_each_prompt(settings):
+    assert run(Alphabet(), ["a", "fg", "k"], **settings) == ["abcdef", "fghijkl", "klmnop"]
+
+
+def test_stops_at_the_end_of_the_document_while_others_go_on():
+    assert run(Alphabet(), ["y", "a"], temperature=0) == ["yz", "abcdef"]
+
+
+def test_stops_running_the_model_when_all_have_ended():
+    model = Alphabet()
+    run(model, ["y"], new_tokens=50, temperature=0)
+    assert len(model.shapes) == 2
+
+
+def test_an_empty_prompt_begins_a_document_and_shows_no_token_for_it():
+    assert run(Alphabet(), [""], new_tokens=3, temperature=0) == ["abc"]
+
+
+def test_no_new_tokens_gives_the_prompt():
+    assert run(Alphabet(), ["abc"], new_tokens=0) == ["abc"]
+
+
+def test_the_model_sees_at_most_the_last_sequence_length_tokens():
+    model = Alphabet()
+    assert run(model, ["abcdefgh"], new_tokens=3, length=4, temperature=0) == ["abcdefghijk"]
+    assert model.shapes == [(1, 4)] * 3 and model.first_tokens == [4, 5, 6]
+
+
+def test_prompts_of_one_length_run_together_and_none_is_padded():
+    model = Alphabet()
+    run(model, ["ab", "c", "de"], new_tokens=1, temperature=0)
+    assert sorted(model.shapes) == [(1, 1), (2, 2)]
+
+
+def test_seed_decides_and_neighbours_do_not():
+    settings = {"new_tokens": 12, "temperature": 1.0, "top_p": 1.0}
+    alone = run(Alphabet(second=0.0), ["a"], seed=3, **settings)
+    together = run(Alphabet(second=0.0), ["a", "ab", "a"], seed=3, **settings)
+    assert together[0] == alone[0] and together == run(Alphabet(second=0.0), ["a", "ab", "a"], seed=3, **settings)
+    assert together[2] != together[0]  # the same prompt twice gives two texts
+    assert alone != run(Alphabet(second=0.0), ["a"], seed=4, **settings)
+
+
+def frequencies(**settings) -> float:
+    """How often the likelier of two tokens is chosen; their odds are e to 1."""
+    texts = run(Alphabet(second=-1.0), ["a"] * 2000, new_tokens=1, **settings)
+    return sum(text == "ab" for text in texts) / len(texts)
+
+
+def test_temperature_shapes_the_distribution():
+    assert frequencies(temperature=1.0, top_p=1.0) == pytest.approx(0.731, abs=0.03)
+    assert frequencies(temperature=2.0, top_p=1.0) == pytest.approx(0.622, abs=0.03)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it():
+    assert frequencies(temperature=1.0, top_p=0.73) == 1.0
+    assert frequencies(temperature=1.0, top_p=0.74) < 0.8
