@@ -56,11 +56,10 @@ class DeepSpeedMonitors:
     Needs ``deepspeed.init_distributed`` to have run.
 
     Raises:
-        UserError: Weights & Biases is not installed or does not start.
+        UserError: Weights & Biases does not start.
     """
 
     def __init__(self, run_dir: str, name: str, config: MetricsConfig, start_step: int) -> None:
-        check_installed(config)
         from deepspeed.monitor.config import DeepSpeedMonitorConfig
         from deepspeed.monitor.monitor import MonitorMaster
 
@@ -90,10 +89,17 @@ class DeepSpeedMonitors:
             wandb.finish()
 
 
-def check_installed(config: MetricsConfig) -> None:
-    """Raise :class:`UserError` if something that ``metrics`` switches on is not installed."""
+def check_installed(config: MetricsConfig, where: str) -> None:
+    """Raise :class:`UserError` if something that ``metrics`` switches on is not installed; for every rank to call.
+
+    Args:
+        config: the ``metrics`` section.
+        where: the config file, for the message.
+    """
     if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("metrics.wandb: wandb is not installed; `pip install wandb`, or set metrics.wandb=false")
+        raise UserError(
+            f"{where}: metrics.wandb: wandb is not installed; `pip install wandb`, or set metrics.wandb=false"
+        )
 
 
 def _cut_csv(folder: Path, start_step: int) -> list[str]:

@@ -7,6 +7,8 @@ from typing import Any
 from backends.errors import UserError
 from trainer.metrics.jsonl import FILE_NAME, read
 
+Point = tuple[int, float]
+
 
 def plot_losses(run_dir: str, out: str, title: str = "") -> None:
     """Draw training loss, validation loss and the bigram baseline over steps into a PNG, SVG or PDF file.
@@ -18,17 +20,7 @@ def plot_losses(run_dir: str, out: str, title: str = "") -> None:
         from matplotlib.figure import Figure  # without pyplot: needs no display and keeps no state
     except ImportError:
         raise UserError("plot: matplotlib is not installed; `pip install matplotlib`") from None
-    path = Path(run_dir, FILE_NAME)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file; give the directory of a run that has started")
-    records = read(path)
-    # The language-model loss alone is what validation measures; the whole loss adds multi-token prediction.
-    train = _series(records, "lm_loss") or _series(records, "loss")
-    validation = _series(records, "validation_loss")
-    baselines = [record["bigram_loss"] for record in records if record.get("bigram_loss") is not None]
-    if not train and not validation:
-        raise UserError(f"{path}: holds no losses yet; wait for the first step")
-
+    train, validation, bigram = curves(run_dir)
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     if train:
@@ -36,9 +28,9 @@ def plot_losses(run_dir: str, out: str, title: str = "") -> None:
     if validation:
         label = f"validation ({validation[-1][1]:.2f})"
         axes.plot(*zip(*validation, strict=True), "o-", color="#1f4e8c", linewidth=1.6, markersize=3.5, label=label)
-    if baselines:
-        label = f"bigram model ({baselines[-1]:.2f})"
-        axes.axhline(baselines[-1], color="#c0504d", linewidth=1.2, linestyle="--", label=label)
+    if bigram is not None:
+        label = f"bigram model ({bigram:.2f})"
+        axes.axhline(bigram, color="#c0504d", linewidth=1.2, linestyle="--", label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -50,7 +42,27 @@ def plot_losses(run_dir: str, out: str, title: str = "") -> None:
         raise UserError(f"--out {out}: {error}; give a writable .png, .svg or .pdf file") from None
 
 
-def _series(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+def curves(run_dir: str) -> tuple[list[Point], list[Point], float | None]:
+    """(step, loss) in training and in validation, and the bigram model's loss if there is one, in nats per token.
+
+    Training gives the language-model loss alone, which is what validation measures, where it was recorded.
+
+    Raises:
+        UserError: the run has no metrics yet.
+    """
+    path = Path(run_dir, FILE_NAME)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; give the directory of a run that has started")
+    records = read(path)
+    train = _series(records, "lm_loss") or _series(records, "loss")
+    validation = _series(records, "validation_loss")
+    if not train and not validation:
+        raise UserError(f"{path}: holds no losses yet; wait for the first step")
+    baselines = [record["bigram_loss"] for record in records if record.get("bigram_loss") is not None]
+    return train, validation, baselines[-1] if baselines else None
+
+
+def _series(records: list[dict[str, Any]], name: str) -> list[Point]:
     """(step, value) of the records that have a finite value."""
     return [
         (record["step"], record[name])

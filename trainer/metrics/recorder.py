@@ -21,7 +21,8 @@ class Recorder:
         stream: where the screen's lines go; default standard output.
 
     Raises:
-        UserError: something that ``config.metrics`` switches on is not installed or does not start.
+        UserError: something that ``config.metrics`` switches on does not start; nothing has been written then. What
+            is not installed is better refused earlier, by :func:`trainer.metrics.charts.check_installed`.
     """
 
     def __init__(

@@ -1,7 +1,6 @@
 """The picture is drawn from what the jsonl holds."""
 
 import io
-import json
 import sys
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from backends.errors import UserError
 from trainer.config.schema import Config
 from trainer.metrics.jsonl import FILE_NAME
-from trainer.metrics.plot import plot_losses
+from trainer.metrics.plot import curves, plot_losses
 from trainer.metrics.recorder import Recorder
 
 
@@ -35,15 +34,20 @@ def test_curves_and_baseline(run_dir):
         assert f"<!-- {label} -->" in text
 
 
+def test_curves_show_what_validation_measures(run_dir):
+    train, validation, bigram = curves(str(run_dir))
+    assert train[0] == (1, 7.5) and train[-1] == (10, 3.0) and len(train) == 10
+    assert (validation, bigram) == ([(5, 6.0), (10, 3.25)], 5.51)
+
+
+def test_the_whole_loss_stands_in_where_there_is_no_other(tmp_path):
+    (tmp_path / FILE_NAME).write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n')
+    assert curves(str(tmp_path)) == ([(1, 2.0)], [], None)
+
+
 def test_png(run_dir):
     plot_losses(str(run_dir), str(run_dir / "loss.png"))
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_loss_that_is_null_leaves_a_run_that_can_be_drawn(run_dir):
-    with (run_dir / FILE_NAME).open("a") as file:
-        file.write(json.dumps({"step": 11, "lm_loss": None}) + "\n")
-    plot_losses(str(run_dir), str(run_dir / "loss.png"))
 
 
 def refusal(run_dir, out) -> str:

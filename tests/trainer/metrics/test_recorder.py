@@ -11,7 +11,7 @@ import pytest
 
 from backends.errors import UserError
 from trainer.config.schema import Config
-from trainer.metrics.charts import flatten
+from trainer.metrics.charts import check_installed, flatten
 from trainer.metrics.jsonl import FILE_NAME
 from trainer.metrics.recorder import Recorder
 
@@ -130,14 +130,14 @@ def test_csv_after_resume_has_one_header_and_each_step_once(tmp_path, one_rank):
     ]  # fmt: skip
 
 
-def test_wandb_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_wandb_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
+    check_installed(Config().metrics, "x.yaml")
     with pytest.raises(UserError) as raised:
-        Recorder(str(tmp_path), quiet(wandb=True, tensorboard=True), True, 10)
+        check_installed(quiet(wandb=True).metrics, "x.yaml")
     assert str(raised.value) == (
-        "metrics.wandb: wandb is not installed; `pip install wandb`, or set metrics.wandb=false"
+        "x.yaml: metrics.wandb: wandb is not installed; `pip install wandb`, or set metrics.wandb=false"
     )
-    assert not os.listdir(tmp_path)
 
 
 def test_wandb_that_does_not_start_is_one_line(tmp_path, monkeypatch, one_rank):
@@ -150,9 +150,9 @@ def test_wandb_that_does_not_start_is_one_line(tmp_path, monkeypatch, one_rank):
             raise RuntimeError("no login")
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    monkeypatch.setattr("trainer.metrics.charts.check_installed", lambda config: None)
     with pytest.raises(UserError, match=r"metrics.wandb: .*\(RuntimeError: no login\); run `wandb login`"):
-        Recorder(str(tmp_path), quiet(wandb=True), True, 10)
+        Recorder(str(tmp_path), quiet(wandb=True, tensorboard=True, csv=True), True, 10)
+    assert not os.listdir(tmp_path)
 
 
 def test_wandb_gets_the_records(tmp_path, monkeypatch, one_rank):
@@ -164,6 +164,5 @@ def test_wandb_gets_the_records(tmp_path, monkeypatch, one_rank):
         finish = staticmethod(lambda: logged.append("finished"))
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    monkeypatch.setattr("trainer.metrics.charts.check_installed", lambda config: None)
     run(tmp_path, range(1, 2), quiet(wandb=True))
     assert (1, {"train/loss": 1.0}) in logged and logged[-1] == "finished"
