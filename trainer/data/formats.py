@@ -59,8 +59,6 @@ def read_jsonl(field: str) -> Reader:
             for line in lines:
                 offset += len(line)
                 number += 1
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
                     yield f"{file.name}:{number}", _text_of(line, field, f"{file.path}:{number}"), [offset, number]
 
