@@ -4,7 +4,7 @@ import argparse
 import shutil
 from typing import NoReturn
 
-from launch.errors import USER_ERROR, complain
+from launch.errors import USER_ERROR, complain, written
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,6 +13,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         complain(f"{message}; see `{self.prog} --help`")
         raise SystemExit(USER_ERROR)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        super().exit(written(status), message)
 
 
 class ConfigParser(Parser):

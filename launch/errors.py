@@ -5,29 +5,28 @@ import sys
 import traceback
 from collections.abc import Callable
 
-USER_ERROR, INTERRUPTED = 2, 130
+UNREAD, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def run(command: Callable[[], int], debug: bool) -> int:
     """Run a command and return its exit code.
 
     A :class:`backends.errors.UserError` becomes one line on standard error and exit code 2; on several ranks only
-    the first one speaks. An interrupt gives exit code 130, a reader that closed our output 0. Any other exception
-    is ours to mend and passes through.
+    the first one speaks. An interrupt gives exit code 130 and a reader that closed our output 1, both quietly. Any
+    other exception is ours to mend and passes through.
 
     Args:
         command: does the work and returns its exit code.
         debug: show the traceback too, of every rank.
     """
     try:
-        return command()
+        return written(command())
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough, as in `moebius info | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
-        return 0
+    except BrokenPipeError:
+        return written(UNREAD)
     except Exception as error:
         from backends.errors import UserError  # brings torch in, which a command may not have needed
 
@@ -37,6 +36,16 @@ def run(command: Callable[[], int], debug: bool) -> int:
             traceback.print_exc()
         complain(str(error), every_rank=debug)
         return USER_ERROR
+
+
+def written(code: int) -> int:
+    """``code``, when all output is out; ``UNREAD`` if its reader has seen enough, as in `moebius info | head`."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it shuts down
+        return UNREAD
+    return code
 
 
 def complain(problem: str, every_rank: bool = False) -> None:

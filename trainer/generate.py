@@ -60,8 +60,6 @@ def sample(
                     running.discard(index)
                 else:
                     rows[index].append(token)
-        if not running:
-            break
     # The token that an empty prompt stands for is no text.
     return [tokenizer.decode(row if prompt else row[1:]) for row, prompt in zip(rows, prompts, strict=True)]
 

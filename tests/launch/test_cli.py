@@ -86,7 +86,7 @@ def test_params_table_is_plain_in_a_pipe(capfd, config):
 
 
 def test_params_json_adds_up(capfd, config):
-    _, out, _ = moebius(capfd, "params", "--json", "--config", config)
+    _, out, _ = moebius(capfd, "params", "model.mtp_layers=0", "--json", "--config", config, "seed=1")
     found = json.loads(out)
     assert found["total"] == sum(part["total"] for part in found["parts"].values())
     assert found["active"] == sum(part["active"] for part in found["parts"].values()) < found["total"]
@@ -154,11 +154,3 @@ def test_plot(capfd, tmp_path):
     out = str(tmp_path / "loss.png")
     assert moebius(capfd, "plot", str(tmp_path), "--out", out) == (0, f"{out}\n", "")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_reader_that_has_seen_enough_is_no_error():
-    ran = subprocess.run(
-        f"{sys.executable} -m launch.cli info --json | head -c 1",
-        shell=True, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert (ran.stdout, ran.stderr) == ("{", "")

@@ -1,5 +1,9 @@
 """Exit codes and the one line on standard error."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from backends.errors import UserError
@@ -45,3 +49,21 @@ def test_interrupt_is_quiet(capfd):
 def test_our_own_mistakes_keep_their_traceback():
     with pytest.raises(ValueError):
         run(fail(ValueError("a bug")), debug=False)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from launch.errors import run; sys.exit(run(lambda: print('figures') or 0, debug=False))",
+        "from launch.errors import run; sys.exit(run(lambda: print('figures' * 9999) or 0, debug=False))",
+        "from launch.cli import main; sys.exit(main(['--help']))",
+    ],
+)
+def test_a_reader_that_has_seen_enough_gets_no_traceback(program):
+    nobody, pipe = os.pipe()
+    os.close(nobody)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", f"import sys; {program}"]
+    ran = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(pipe)
+    assert (ran.returncode, ran.stderr) == (1, "")
