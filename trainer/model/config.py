@@ -4,6 +4,7 @@ Every published family is a choice of these values; none is a subclass.
 """
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Optional
 
 from backends.errors import UserError
@@ -63,7 +64,7 @@ class MoEConfig:
     expert_hidden_size: int = key(256, "hidden size of one routed expert")
     num_shared_experts: int = key(0, "experts that see every token, run as one of that many times the size")
     score: str = key("softmax", "scoring of the router logits: softmax or sigmoid", choices=("softmax", "sigmoid"))
-    normalize: bool = key(True, "make the weights of the chosen experts sum to 1")
+    normalize: bool = key(True, "make the weights of the chosen experts sum to 1; with top_k 1 the score stays")
     scale: float = key(1.0, "factor on the weights after normalisation")
     num_groups: int = key(1, "expert groups for group-limited selection; 1 switches it off")
     top_groups: int = key(1, "groups that a token may use")
@@ -106,9 +107,19 @@ class ModelConfig:
         def refuse(name: str, problem: str, remedy: str) -> None:
             raise UserError(f"{where}: model.{name}: {problem}; {remedy}")
 
-        for name in ("vocab_size", "hidden_size", "num_layers", "dense_hidden_size"):
-            if getattr(self, name) < 1:
-                refuse(name, f"is {getattr(self, name)}", "it must be at least 1")
+        def at_least(least: int, *names: str) -> None:
+            for name in names:
+                value = attrgetter(name)(self)
+                if value < least:
+                    refuse(name, f"is {value}", f"it must be at least {least}")
+
+        at_least(1, "vocab_size", "hidden_size", "num_layers", "dense_hidden_size", "attention.num_heads")
+        if attention.kind == "gqa":
+            at_least(1, "attention.head_dim")
+        else:
+            at_least(0, "attention.q_lora_rank", "attention.qk_nope_head_dim")
+            at_least(1, "attention.kv_lora_rank", "attention.qk_rope_head_dim", "attention.v_head_dim")
+        at_least(1, "rope.yarn.original_max_position")
         if not 0 <= self.dense_layers <= self.num_layers:
             refuse("dense_layers", f"is {self.dense_layers}", f"it must lie between 0 and num_layers={self.num_layers}")
         if attention.kind == "gqa" and (attention.num_kv_heads < 1 or attention.num_heads % attention.num_kv_heads):
@@ -118,9 +129,14 @@ class ModelConfig:
                 "choose a divisor",
             )
         rotated = attention.qk_rope_head_dim if attention.kind == "mla" else attention.head_dim * self.rope.fraction
-        if rotated % 2 or not 0 < self.rope.fraction <= 1:
-            refuse("rope.fraction", f"rotates {rotated:g} dimensions of a head", "the number must be even and above 0")
-        if moe.num_experts:
+        if not 0 < self.rope.fraction <= 1:
+            refuse("rope.fraction", f"is {self.rope.fraction:g}", "it must be above 0 and at most 1")
+        if rotated % 2:
+            name = "attention.qk_rope_head_dim" if attention.kind == "mla" else "rope.fraction"
+            refuse(name, f"rotates {rotated:g} dimensions of a head", "the number must be even and above 0")
+        if moe.num_experts > 0:
+            if not moe.scale > 0:
+                refuse("moe.scale", f"is {moe.scale:g}", "it must be above 0")
             if not 1 <= moe.top_k <= moe.num_experts:
                 refuse(
                     "moe.top_k",

@@ -12,7 +12,7 @@ from backends.operations import Operations
 from trainer.model.attention import build_attention
 from trainer.model.config import ModelConfig
 from trainer.model.context import Context
-from trainer.model.linear import Linear, RMSNorm, SwiGLU
+from trainer.model.linear import Linear, RMSNorm, SwiGLU, at_least_fp32
 from trainer.model.moe import MoE
 
 
@@ -58,5 +58,5 @@ class MultiTokenPrediction(nn.Module):
         both = torch.cat([self.embed_norm(embedded_BSH), self.hidden_norm(hidden_BSH)], -1)
         x_BSH = self.project(both)
         if self.residual_fp32:
-            x_BSH = x_BSH.float()
+            x_BSH = at_least_fp32(x_BSH)
         return self.norm(self.layer(x_BSH, context))

@@ -44,3 +44,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.ops.swiglu(self.gate_up(x)))
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """``x`` in fp32, or in fp64 if it is fp64 already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -19,7 +19,7 @@ from backends.operations import Operations
 from trainer.model.config import ModelConfig
 from trainer.model.context import Context, Meters, Share
 from trainer.model.layer import MultiTokenPrediction, TransformerLayer
-from trainer.model.linear import Linear, RMSNorm
+from trainer.model.linear import Linear, RMSNorm, at_least_fp32
 from trainer.model.moe import MoE
 from trainer.model.rope import rotated_dims, rotations
 
@@ -76,7 +76,7 @@ class MoETransformer(nn.Module):
         labels_BS: Tensor | None = None,
         share: Share | None = None,
     ) -> Tensor:
-        """Logits (B, S, V) in fp32 without labels; with labels this micro-batch's share of the global loss.
+        """Logits (B, S, V), at least fp32, without labels; with labels this micro-batch's share of the global loss.
 
         Args:
             tokens_BS: token ids.
@@ -103,7 +103,7 @@ class MoETransformer(nn.Module):
             hidden = self._run(layer, hidden, context)
         hidden = self.norm(hidden)
         if labels_BS is None:
-            return self.head(hidden).float()
+            return at_least_fp32(self.head(hidden))
         loss = self._cross_entropy(hidden, labels_BS, share)
         self.meters.add("lm_loss", loss)
         if self.mtp:
@@ -114,7 +114,7 @@ class MoETransformer(nn.Module):
 
     def _embedded(self, tokens_BS: Tensor) -> Tensor:
         hidden = F.embedding(tokens_BS, self.embed.weight)
-        return hidden.float() if self.config.residual_fp32 else hidden
+        return at_least_fp32(hidden) if self.config.residual_fp32 else hidden
 
     def _run(self, layer: nn.Module, hidden: Tensor, context: Context, *more: Tensor) -> Tensor:
         if not (self.recompute and torch.is_grad_enabled()):

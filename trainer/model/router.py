@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.model.config import MoEConfig
 from trainer.model.context import Context
+from trainer.model.linear import at_least_fp32
 
 
 class Routing(NamedTuple):
@@ -46,7 +47,7 @@ class Router(nn.Module):
             context: gives the global token and sequence counts that losses are divided by.
         """
         config = self.config
-        logits_BSE = torch.matmul(_at_least_fp32(x_BSH), _at_least_fp32(self.weight).t())
+        logits_BSE = torch.matmul(at_least_fp32(x_BSH), at_least_fp32(self.weight).t())
         scores_BSE = logits_BSE.sigmoid() if config.score == "sigmoid" else logits_BSE.softmax(-1)
         experts_BSK = self._select(scores_BSE.detach())
         weights_BSK = scores_BSE.gather(-1, experts_BSK)
@@ -79,7 +80,7 @@ class Router(nn.Module):
         config, sequence = self.config, logits_BSE.shape[1]
         losses = {}
         if config.aux_loss > 0:
-            load_BE = tokens_BE * (config.num_experts / (config.top_k * sequence))
+            load_BE = tokens_BE.to(scores_BSE.dtype) * (config.num_experts / (config.top_k * sequence))
             share_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
             losses["aux_loss"] = config.aux_loss * (load_BE * share_BE).sum() / context.share.sequences
         if config.z_loss > 0:
@@ -113,10 +114,6 @@ class Router(nn.Module):
         if self.expert_bias is not None:
             load = tokens_E.double()
             self.expert_bias += self.config.expert_bias_rate * (load.mean() - load).sign().float()
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _tokens_per_expert(experts_BSK: Tensor, num_experts: int) -> Tensor:
