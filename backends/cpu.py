@@ -94,7 +94,10 @@ class CpuBackend(Backend):
         return {
             "linear": Slot("torch mm", slow_bf16),
             "grouped_mm": Slot("torch mm per expert", slow_bf16),
-            "permute": Slot("gather, and embedding_bag to sum"),
+            "sort_by_expert": Slot("stable argsort"),
+            "permute": Slot("gather"),
+            "unpermute": Slot("embedding_bag"),
+            "take_rows": Slot("gather"),
             "rms_norm": Slot("own autograd function"),
             "swiglu": Slot("own autograd function"),
             "rotary": Slot("own autograd function"),

@@ -152,7 +152,10 @@ class CudaBackend(Backend):
         return {
             "linear": Slot("F.linear", narrow),
             "grouped_mm": Slot("F.grouped_mm", narrow),
-            "permute": Slot("gather, and embedding_bag to sum"),
+            "sort_by_expert": Slot("stable argsort"),
+            "permute": Slot("gather"),
+            "unpermute": Slot("embedding_bag"),
+            "take_rows": Slot("gather"),
             "rms_norm": Slot("F.rms_norm"),
             "swiglu": Slot("F.silu times up", "torch has no fused SwiGLU"),
             "rotary": Slot("own autograd function", "torch has no fused rotary embedding"),

@@ -1,0 +1,170 @@
+"""select and describe_all: what is here, what is not, and the line a person reads about it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import backends
+from backends import UserError, peak, processor, selection
+from backends.cpu import CpuBackend
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_auto_takes_the_cpu_where_there_is_no_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    backend = backends.select()
+    assert (backend.name, backend.device, backend.distributed_backend) == ("cpu", torch.device("cpu"), "gloo")
+    assert backend.environment()["DS_ACCELERATOR"] == "cpu"
+
+
+def test_auto_takes_the_accelerator_that_torch_finds(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(selection, "cuda_problem", lambda: None)
+    monkeypatch.setattr(selection, "CudaBackend", lambda index: ("cuda", index))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert backends.select() == ("cuda", 3)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="LOCAL_RANK=4: this machine has 4 devices"):
+        backends.select()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
+def test_cuda_without_cuda_says_why_and_what_to_do():
+    with pytest.raises(UserError, match=r"backend: 'cuda' is not available here \(.+\); use backend=cpu") as error:
+        backends.select("cuda")
+    assert "\n" not in str(error.value)
+
+
+def test_ascend_says_what_is_missing(monkeypatch):
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    monkeypatch.delenv("ASCEND_TOOLKIT_HOME", raising=False)
+    with pytest.raises(UserError, match="'ascend'.*torch_npu is.*CANN.*no Ascend operations yet; use backend=cpu"):
+        backends.select("ascend")
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(UserError, match="there is no 'tpu'; use auto, cpu, cuda or ascend"):
+        backends.select("tpu")
+
+
+def test_describe_all_covers_every_backend_and_operation(monkeypatch):
+    monkeypatch.setattr(peak, "_measure", lambda device, dtype, seconds: 1e9)
+    records = {record["name"]: record for record in backends.describe_all()}
+    assert list(records) == ["cpu", "cuda", "ascend"]
+    cpu = records["cpu"]
+    assert cpu["available"] and cpu["device"] and "float32" in cpu["dtypes"] and cpu["distributed_backend"] == "gloo"
+    assert set(cpu["operations"]) == set(backends.Operations.__abstractmethods__)
+    assert cpu["peak_flops"]["float32"] == 1e9 and cpu["memory"]["total"] > cpu["memory"]["allocated"] > 0
+    for record in records.values():
+        assert record["available"] == (record["reason"] == "")
+
+
+def test_peak_is_measured_once_and_kept(monkeypatch):
+    figures = iter([5e9, 6e9, 7e9])
+    monkeypatch.setattr(peak, "_measure", lambda device, dtype, seconds: next(figures))
+    backend = CpuBackend()
+    assert backend.peak_flops(torch.float32) == 5e9
+    assert CpuBackend().peak_flops(torch.float32) == 5e9
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
+    assert backend.peak_flops(torch.float32) == 6e9  # another thread count is another figure
+    peak.cache_file().write_text("not json")
+    assert backend.peak_flops(torch.float32) == 7e9
+
+
+def test_peak_without_a_place_for_the_cache(monkeypatch, tmp_path):
+    (tmp_path / ".cache").write_text("a file where the folder should be")
+    monkeypatch.setattr(peak, "_measure", lambda device, dtype, seconds: 3.0)
+    assert CpuBackend().peak_flops(torch.float32) == 3.0
+
+
+def test_a_measured_peak_is_plausible():
+    value = peak.measured(torch.device("cpu"), "test", torch.float32, seconds=0.05)
+    assert 1e8 < value < 1e15
+
+
+def test_published_figures():
+    assert peak.published("NVIDIA H100 80GB HBM3", torch.bfloat16) == 989.4e12
+    assert peak.published("NVIDIA A100-SXM4-80GB", torch.float32) == 19.5e12
+    assert peak.published("NVIDIA H100 PCIe", torch.bfloat16) == 756e12
+    assert peak.published("Some other device", torch.bfloat16) is None
+
+
+def test_bf16_peak_is_that_of_the_way_it_is_computed(monkeypatch):
+    monkeypatch.setattr(
+        peak, "_measure", lambda device, dtype, seconds: {torch.float32: 2.0, torch.bfloat16: 9.0}[dtype]
+    )
+    monkeypatch.setattr(processor, "multiplies_bf16", lambda: False)
+    assert CpuBackend().peak_flops(torch.bfloat16) == 2.0 and not CpuBackend().native(torch.bfloat16)
+    monkeypatch.setattr(processor, "multiplies_bf16", lambda: True)
+    assert CpuBackend().peak_flops(torch.bfloat16) == 9.0 and CpuBackend().native(torch.bfloat16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_sees_an_allocation_and_its_peak():
+    backend = CpuBackend()
+    before = backend.memory()
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    during = backend.memory()
+    assert during.allocated - before.allocated > 40 * 2**20 and during.peak >= during.allocated
+    assert block.sum() == block.numel()
+
+
+def test_determinism_is_switched_on_and_off():
+    backend = CpuBackend()
+    try:
+        backend.set_deterministic(True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        backend.set_deterministic(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+VARYING_SIZES = """
+import random
+import backends
+import torch
+
+random.seed(0)
+backend = backends.select("cpu")
+live = []
+start = backend.memory().allocated
+for step in range(600):
+    live.append(torch.empty(random.randint(1, 4 * 2**20)).fill_(1))
+    if len(live) > 10:
+        live.pop(random.randrange(10))
+    if step == 200:
+        settled = backend.memory().allocated - start
+print(settled, backend.memory().allocated - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_kept_memory_does_not_grow_without_end():
+    """Ten live tensors of 8 MB on average: freed memory is kept, but what is kept stays within a few times that."""
+    command = [sys.executable, "-c", VARYING_SIZES]
+    root = os.path.dirname(os.path.dirname(backends.__file__))
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    settled, final = map(int, done.stdout.split())
+    assert final < 1.5 * settled + 64 * 2**20 and final < 500 * 2**20
+
+
+def test_the_environment_is_set_on_import_and_leaves_what_a_person_chose():
+    code = "import os, backends; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
+    root = os.path.dirname(os.path.dirname(backends.__file__))
+    for chosen, expected in ((None, "1"), ("0", "0")):
+        environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+        if chosen:
+            environment["THP_MEM_ALLOC_ENABLE"] = chosen
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env=environment
+        )
+        assert done.stdout.strip() == expected
