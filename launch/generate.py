@@ -31,9 +31,8 @@ def main(argv: list[str]) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from trainer.checkpoint import load_for_inference
-
     from backends import select
+    from trainer.checkpoint import load_for_inference
     from trainer.generate import sample
 
     backend = select(args.backend)
