@@ -59,7 +59,7 @@ def make_batch(tokens_BT: np.ndarray, documents_BT: np.ndarray, reset_at_documen
     if reset_at_documents:
         documents_BS = documents_BT[:, :-1] - documents_BT[:, :1]
         labels_BS[documents_BT[:, 1:] != documents_BT[:, :-1]] = IGNORED
-        first_BS = np.diff(documents_BS, axis=1, prepend=documents_BS[:, :1] - 1) != 0
+        first_BS = np.diff(documents_BS, axis=1, prepend=documents_BS[:, :1]) != 0
         positions_BS = place_BS - np.maximum.accumulate(np.where(first_BS, place_BS, 0), axis=1)
     else:
         documents_BS, positions_BS = np.zeros_like(tokens_BS), place_BS

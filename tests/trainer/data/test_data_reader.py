@@ -177,6 +177,8 @@ def test_streamed_shuffle_permutes_documents_within_windows(make_config: MakeCon
         assert [sorted(text[i : i + 11]) for i in range(0, len(text), 11)] == [
             sorted(texts[i : i + 11]) for i in range(0, len(texts), 11)
         ]
+        places = [[texts[i : i + 11].index(t) for t in text[i : i + 11]] for i in range(0, 44, 11)]
+        assert len({tuple(window) for window in places}) == 4  # no two windows are permuted alike
         orders.append(text)
     assert orders[0] != orders[1] and texts not in orders
 
