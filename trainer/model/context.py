@@ -1,7 +1,5 @@
 """What one forward pass hands to every layer besides the hidden states."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,14 +50,24 @@ class Context:
     meters: Meters
     recording: bool = True
 
-    @contextmanager
-    def silent(self) -> Iterator[None]:
+    def silent(self) -> "_Silence":
         """Recomputation under activation checkpointing runs inside this: nothing is counted twice."""
-        was, self.recording = self.recording, False
-        try:
-            yield
-        finally:
-            self.recording = was
+        return _Silence(self)
+
+
+class _Silence:
+    """Can be entered again, unlike a generator: backward may pass a checkpoint several times."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self.before.append(self.context.recording)
+        self.context.recording = False
+
+    def __exit__(self, *_error: object) -> None:
+        self.context.recording = self.before.pop()
 
 
 class _Attach(torch.autograd.Function):

@@ -54,6 +54,35 @@ def test_recomputation_runs_every_layer_again():
     assert len(calls) == 12
 
 
+def test_backward_may_pass_twice():
+    """As when a pipeline schedule takes the gradients of inputs and of weights apart."""
+    shape = config(moe=moe(**LOSSES), mtp_layers=1)
+    tokens, labels = some_tokens(shape, 2, 8)
+    once, twice = build(shape), build(shape, recompute=True)
+    once(tokens, labels_BS=labels).backward()
+    loss = twice(tokens, labels_BS=labels)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, grad in gradients(twice).items():
+        assert torch.equal(grad, 2 * once.get_parameter(name).grad), name
+    _, counts = twice.meters.take()
+    assert all(count.sum() == 2 * 8 * shape.moe.top_k for count in counts.values())
+
+
+def test_gradients_of_activations_and_weights_apart():
+    shape = config(moe=moe(**LOSSES))
+    tokens, labels = some_tokens(shape, 2, 8)
+    model = build(shape, recompute=True)
+    stream = []
+    model.layers["1"].register_forward_pre_hook(lambda _m, inputs: stream.append(inputs[0]))
+    loss = model(tokens, labels_BS=labels)
+    weights = dict(model.layers["1"].named_parameters())
+    torch.autograd.grad(loss, stream[0], retain_graph=True)
+    apart = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
+    loss.backward()
+    assert_close(dict(zip(weights, apart, strict=True)), gradients(model.layers["1"]), 1e-15)
+
+
 # --- the residual stream ------------------------------------------------------------------------------------------
 
 
