@@ -16,6 +16,7 @@ from trainer import checkpoint
 from trainer.config.schema import Config
 from trainer.config.validate import validate_layout
 from trainer.data import SequenceReader, Tokenizer, check_vocabulary, load_tokenizer, open_data
+from trainer.metrics.charts import check_installed
 from trainer.model import MoETransformer, materialize
 from trainer.optimizer import adamw, parameter_groups
 
@@ -48,6 +49,7 @@ def prepare(config: Config, where: str, resume: bool) -> Run:
     run_dir = Path(config.run_dir or f"runs/{config.name}")
     start_from = _starting_point(run_dir, resume)
     validate_layout(config, topologies.world_size_from_environment(), where)
+    check_installed(config.metrics, where)
     backend = backends.select(config.backend)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     if not backend.supports(dtype):

@@ -1,5 +1,6 @@
 """Starts real processes: a free port each time, a time limit, and nothing left behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -82,10 +83,8 @@ def _wait(processes: list[subprocess.Popen], timeout: float) -> list[int]:
 
 def stop(process: subprocess.Popen) -> None:
     """Kill a process and its session."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

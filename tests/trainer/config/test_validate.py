@@ -61,10 +61,6 @@ def test_the_defaults_are_valid():
             "x.yaml: train.global_batch_tokens: 100 is not a multiple of data.sequence_length=512; use 512",
         ),
         (
-            {"schedule__warmup_steps": 1001},
-            "x.yaml: schedule.warmup_steps: 1001 steps are more than train.steps=1000; lower them or train longer",
-        ),
-        (
             {"schedule__kind": "wsd", "schedule__decay_steps": 901},
             "x.yaml: schedule.warmup_steps + schedule.decay_steps: 1001 steps are more than train.steps=1000; "
             "lower them or train longer",

@@ -1,0 +1,148 @@
+"""On two ranks: what the DeepSpeed adapter must get right, each a trap that is silent otherwise.
+
+Reports a dictionary of findings that tests/distributed/test_engine.py judges.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import backends
+from parallel import topology
+from parallel.config import ParallelConfig
+from parallel.dispatch import AllToAllDispatcher
+from parallel.engine import Engine, ParameterGroup
+from tests.distributed.ranks import report
+
+
+def engine_over(
+    parameters: dict[str, nn.Parameter], place: topology.Topology, expert: bool, clip: float = 0.0
+) -> Engine:
+    module = nn.ParameterDict({name.replace(".", "_"): p for name, p in parameters.items()})
+    group = ParameterGroup(list(parameters), list(parameters.values()), 0.0, expert)
+
+    def sgd_like(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=1.0, betas=(0.0, 0.0), eps=1.0, fused=True)
+
+    return Engine(module, [group], sgd_like, place, backends.select("cpu"), clip_norm=clip)
+
+
+def own_gradients(engine: Engine) -> list[float]:
+    """The summed gradient in the part of the flat buffer that this rank steps."""
+    engine.reduce()
+    return engine.zero.averaged_gradients[0].flat_partition.tolist()
+
+
+def bf16_reduction(place: topology.Topology) -> list[float]:
+    """Rank r contributes 1 + r·2^-9 in two micro-batches: sums that bf16 cannot hold."""
+    parameter = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    engine = engine_over({"w": parameter}, place, expert=False)
+    for value in (1.0, 2.0**-9 * (place.rank + 1)):
+        parameter.grad = torch.full_like(parameter, value)
+        engine.flush()
+    return own_gradients(engine)
+
+
+def gradient_without_hooks(place: topology.Topology) -> list[float]:
+    """A split backward's weight pass sets ``.grad`` itself; no hook runs."""
+    hooked, bare = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    engine = engine_over({"hooked": hooked, "bare": bare}, place, expert=False)
+    (hooked * 3.0).sum().backward()
+    bare.grad = torch.full((2,), 5.0)
+    return own_gradients(engine)
+
+
+def unused_parameter(place: topology.Topology) -> list[float]:
+    """A parameter that took no part must not step with the last step's gradient."""
+    parameter = nn.Parameter(torch.ones(4))
+    engine = engine_over({"w": parameter}, place, expert=False)
+    (parameter * 2.0).sum().backward()
+    engine.reduce()
+    engine.step(0.0)
+    return own_gradients(engine)
+
+
+def expert_replicas(place: topology.Topology) -> list[float]:
+    """ep 2: each rank has experts of its own, whose gradients nobody else may add to."""
+    parameter = nn.Parameter(torch.ones(2))
+    engine = engine_over({"w": parameter}, place, expert=True)
+    (parameter * (place.rank + 1.0)).sum().backward()
+    return own_gradients(engine)
+
+
+def global_norm(place: topology.Topology) -> list[float]:
+    """Experts (different on each rank) and a dense weight (the same): each counted once. Then clipped by it."""
+    dense, expert = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    groups = [
+        ParameterGroup(["dense"], [dense], 0.0, expert=False),
+        ParameterGroup(["expert"], [expert], 0.0, expert=True),
+    ]
+    engine = Engine(
+        nn.ParameterList([dense, expert]),
+        groups,
+        lambda g: torch.optim.AdamW(g, lr=1.0, betas=(0.0, 0.0), eps=1e9, fused=True),
+        place,
+        backends.select("cpu"),
+        clip_norm=1.0,
+    )
+    # Dense gradient: 1 + 1 over the two ranks = 2. Experts: 2 on rank 0, 1 on rank 1. Norm sqrt(4 + 4 + 1) = 3.
+    (dense * 1.0 + expert * (2.0 - place.rank)).sum().backward()
+    engine.reduce()
+    norm = engine.step(1.0)
+    # eps 1e9 makes AdamW's step -gradient / 1e9: the update shows the clipped gradient.
+    return [norm, float(dense) * -1e9, float(expert) * -1e9]
+
+
+def dispatch(place: topology.Topology) -> dict[str, float]:
+    """All-to-all against the same experts run without it: outputs and gradients, dropped and idle experts too."""
+    ops = backends.select("cpu").ops
+    torch.manual_seed(place.rank)
+    tokens, hidden, experts, top_k = 11 + 5 * place.rank, 6, 8, 3
+    x = torch.randn(tokens, hidden, dtype=torch.float64)
+    choices = torch.rand(tokens, experts).topk(top_k).indices
+    choices[choices == 5] = experts  # dropped; and nobody chooses expert 5
+    choices[:, 0][choices[:, 0] < 4] = 4  # uneven splits
+    scores = torch.rand(tokens, top_k, dtype=torch.float64).masked_fill(choices == experts, 0.0)
+    weight = torch.randn(experts, hidden, hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    upstream = torch.randn(tokens, hidden, dtype=torch.float64)
+
+    def run(dispatcher: Any, mine: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs = [x.clone().requires_grad_(), scores.clone().requires_grad_(), mine.clone().requires_grad_()]
+        rows, counts, state = dispatcher.dispatch(inputs[0], choices)
+        y = dispatcher.combine(ops.grouped_mm(rows, inputs[2], counts), inputs[1], state)
+        y.backward(upstream)
+        return y.detach(), *(value.grad for value in inputs)  # type: ignore[misc]
+
+    from trainer.model.moe import LocalDispatcher
+
+    first = place.ep.rank * 4
+    far = run(AllToAllDispatcher(place.ep, experts, ops, True), weight[first : first + 4])
+    near = run(LocalDispatcher(experts, ops, True), weight)
+    everyones = near[3].contiguous()
+    dist.all_reduce(everyones)  # the owner of an expert sees the tokens of both ranks
+    expected = (*near[:3], everyones[first : first + 4])
+    names = ("output", "x", "weights", "experts")
+    return {name: float((a - b).abs().max()) for name, a, b in zip(names, far, expected, strict=True)}
+
+
+def main() -> None:
+    backend = backends.select("cpu")
+    data = topology.start(backend, ParallelConfig())
+    expert = topology.start(backend, ParallelConfig(expert=2))
+    report(
+        {
+            "bf16_reduction": bf16_reduction(data),
+            "gradient_without_hooks": gradient_without_hooks(data),
+            "unused_parameter": unused_parameter(data),
+            "expert_replicas": expert_replicas(expert),
+            "global_norm": global_norm(expert),
+            "dispatch": dispatch(expert),
+        }
+    )
+    topology.stop()
+
+
+if __name__ == "__main__":
+    main()
