@@ -27,7 +27,7 @@ class DataConfig:
         choices=("stdlib", "text", "jsonl", "parquet", "hub"),
     )
     paths: list[str] = key(list, "files, folders or globs (text, jsonl, parquet); for hub: the dataset's name")
-    validation_paths: list[str] = key(list, "held-out files, or one split of a hub dataset; empty holds out validation_fraction")
+    validation_paths: list[str] = key(list, "held-out files or hub split; empty: see validation_fraction")
     validation_fraction: float = key(0.02, "share of the documents held out for evaluation")
     text_field: str = key("text", "field that holds the text (jsonl, parquet, hub)")
     hub_subset: Optional[str] = key(None, "configuration of a hub dataset")
