@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import version
 
 from launch.arguments import Parser
+from launch.errors import USER_ERROR
 
 COMMANDS = {
     "train": "train a model from a config",
@@ -28,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"moebius {version('moebius-train')}")
     parser.add_argument("command", metavar="command", choices=COMMANDS, help="one of the commands below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own arguments")
-    chosen = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        parser.print_help()
+        return USER_ERROR
+    chosen = parser.parse_args(arguments)
     return importlib.import_module(f"launch.{chosen.command}").main(chosen.arguments)
 
 

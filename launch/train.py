@@ -1,5 +1,7 @@
 """Training: what `moebius train`, the deepspeed launcher and torchrun start."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -63,10 +65,21 @@ def _what_next(run_dir: Path, config: str) -> None:
     print(f"Run directory  {run_dir}")
     print(f"  metrics      {run_dir}/metrics.jsonl and TensorBoard events")
     print(f"  checkpoint   {newest(run_dir)}")
+    moebius = _moebius()
     print("Try next:")
-    print(f"  moebius generate --run {run_dir} --prompt 'class '")
-    print(f"  moebius plot {run_dir} --out loss.png")
-    print(f"  moebius params --config {config}")
+    print(f"  {moebius} generate --run {run_dir} --prompt 'class '")
+    print(f"  {moebius} plot {run_dir} --out loss.png")
+    print(f"  {moebius} params --config {config}")
+
+
+def _moebius() -> str:
+    """The command as this shell finds it: `make train` runs it from an environment that is not activated."""
+    folder = Path(sys.executable).parent
+    found = shutil.which("moebius")
+    if (found and Path(found).parent == folder) or not (folder / "moebius").exists():
+        return "moebius"
+    near = os.path.relpath(folder / "moebius")
+    return str(folder / "moebius") if near.startswith("..") else near
 
 
 if __name__ == "__main__":
