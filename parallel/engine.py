@@ -163,10 +163,6 @@ class Engine:
         self._deepspeed.step()
         return float(self.zero.norm)
 
-    def zero_grad(self) -> None:
-        """Forget gradients that were folded but not stepped."""
-        self._unfilled.update(self._views)
-
     def _replicas(self, group: ParameterGroup) -> Axis:
         return self.topology.edp if group.expert else self.topology.dp
 
