@@ -67,7 +67,7 @@ class Backend(ABC):
 
     @abstractmethod
     def peak_flops(self, dtype: torch.dtype) -> float:
-        """FLOP/s of dense matrix multiplies: the published figure where known, else measured once and cached."""
+        """FLOP/s of dense matrix multiplies: the published figure where known, else the best measured here."""
 
     @abstractmethod
     def synchronize(self) -> None:

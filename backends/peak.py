@@ -1,4 +1,4 @@
-"""How many floating-point operations a device can do in a second: published where known, else measured once."""
+"""How many floating-point operations a device can do in a second: published where known, else measured."""
 
 import json
 import os
@@ -35,20 +35,20 @@ def cache_file() -> Path:
     return Path("~/.cache/moebius/peak_flops.json").expanduser()
 
 
-def measured(device: torch.device, device_name: str, dtype: torch.dtype, seconds: float = 0.4) -> float:
-    """FLOP/s of a square matrix multiply, the best of several, kept for this device, thread count and torch version.
+def measured(device: torch.device, device_name: str, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of a square matrix multiply: the most ever seen for this device, thread count and torch version.
 
-    A cache that cannot be read or written is done without.
+    Each call measures shortly and keeps the better of that and the cached figure, so that a figure taken while the
+    machine was busy does not stay. A cache that cannot be read or written is done without.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     key = f"{device_name}|threads={threads}|torch={torch.__version__}|{str(dtype).removeprefix('torch.')}"
-    known = _read_cache()
-    value = known.get(key)
-    if isinstance(value, float) and value > 0:
-        return value
+    known = _read_cache().get(key)
+    best = known if isinstance(known, float) and known > 0 else 0.0
     value = _measure(device, dtype, seconds)
-    _write_cache({**known, key: value})
-    return value
+    if value > best:
+        _write_cache({**_read_cache(), key: value})
+    return max(value, best)
 
 
 def _measure(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
