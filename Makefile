@@ -6,10 +6,11 @@ BIN    := $(VENV)/bin
 CONFIG ?= configs/tiny.yaml
 ARGS   ?=
 
-.PHONY: train test test-slow lint clean help
+.PHONY: help train test test-slow lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo 'Arguments go into ARGS: make train ARGS="train.steps=20 name=short"'
 
 train: $(VENV)/.installed ## train configs/tiny.yaml on this machine and sample from it
 	@$(BIN)/moebius train --config $(CONFIG) --sample $(ARGS)
@@ -17,23 +18,27 @@ train: $(VENV)/.installed ## train configs/tiny.yaml on this machine and sample 
 test: $(VENV)/.installed-test ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
+# pytest exits with 5 when it finds no test.
 test-slow: $(VENV)/.installed-test ## run the long matrix
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-clean: ## remove the virtual environment and the runs
-	rm -rf $(VENV) runs
+clean: ## remove the virtual environment; runs stay
+	rm -rf $(VENV)
 
 $(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "moebius needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "Installing into $(VENV) (once; a minute or more) ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --editable .
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@echo "Installing what the tests need ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@

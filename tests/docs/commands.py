@@ -1,0 +1,93 @@
+"""How each command of the documents is tested. A command that is in no table here fails the tests."""
+
+from dataclasses import dataclass
+
+# A model of no size on the text that the tests write: what changes a documented run into one of seconds.
+TINY = tuple(
+    """
+    model.hidden_size=16 model.num_layers=2 model.dense_hidden_size=16 model.moe.num_experts=4
+    model.moe.expert_hidden_size=8 model.vocab_size=300 model.attention.num_heads=1 data.source=text
+    data.paths=[~/texts] data.tokenizer.vocab_size=300 data.sequence_length=32 train.global_batch_tokens=128
+    train.micro_batch_size=1 train.steps=2 train.eval_sequences=4 metrics.tensorboard=false
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Runs as it stands, in this process: any `moebius` command that trains nothing."""
+
+    shows: str = ""  # must be in its output
+    code: int = 0
+    needs: str = ""  # a command of STARTED that has to come first
+
+
+@dataclass(frozen=True)
+class Started:
+    """Runs as processes of its own, with overrides added at its end."""
+
+    overrides: tuple[str, ...]
+    needs: str = ""
+    shows: str = "Try next:"
+
+
+TRAIN = "moebius train --config configs/tiny.yaml --sample"
+_TWO = "launch/train.py --config configs/tiny.yaml parallel.expert=2 name=tiny-two"
+
+INSIDE = {
+    "moebius train --help": Inside(shows="model.moe.top_k"),
+    "moebius generate --run runs/tiny --prompt 'class '": Inside(shows="class ", needs=TRAIN),
+    "moebius plot runs/tiny --out loss.png": Inside(shows="loss.png", needs=TRAIN),
+    "moebius params --config configs/tiny.yaml": Inside(shows="11.7M"),
+    "moebius params --config configs/tiny.yaml model.moe.num_experts=64 model.moe.top_k=4": Inside(shows="all"),
+    "moebius info": Inside(shows="can be used here"),
+    "moebius train --config configs/tiny.yaml model.moe.topk=1": Inside(code=2),
+    "moebius train --config configs/tiny.yaml model.moe.top_k=64": Inside(code=2),
+    "moebius train --config configs/tiny.yaml train.steps=many": Inside(code=2),
+}
+
+STARTED = {
+    TRAIN: Started(TINY, shows="A sample of what the model writes:"),
+    "moebius train --config configs/tiny.yaml --resume": Started(
+        (*TINY, "train.steps=3"), needs=TRAIN, shows="resuming after step 2"
+    ),
+    "moebius train --config configs/mine.yaml --sample": Started(TINY),
+    f"deepspeed --num_accelerators 2 {_TWO}": Started(TINY),
+    f"torchrun --nproc-per-node 2 {_TWO}": Started((*TINY, "name=with-torchrun")),
+}
+
+# The same as another command but for what stands in front of it.
+SAME = {
+    f"OMP_NUM_THREADS=1 deepspeed --num_accelerators 2 {_TWO}": f"deepspeed --num_accelerators 2 {_TWO}",
+}
+
+# Run by .ci/run, because they run these tests or take minutes. The target must exist, and .ci/run must name it.
+BY_CI = {"make train", "make test", "make test-slow", "make lint"}
+
+NOT_HERE = {
+    "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train": "downloads packages",
+    'make test ARGS="tests/trainer/model"': "runs tests inside a test",
+    "source .venv/bin/activate": "changes the shell; here the environment is on the path",
+    "tensorboard --logdir runs": "a server that runs until it is stopped",
+    "deepspeed --hostfile hosts launch/train.py --config configs/tiny.yaml parallel.expert=8 name=big": "two machines",
+    "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr first --master-port 29500 launch/train.py "
+    "--config configs/tiny.yaml parallel.expert=8 name=big": "two machines",
+}
+
+# Files in backticks that a run makes or a user has, so that the checkout does not hold them.
+NOT_IN_THE_CHECKOUT = {
+    ".venv",
+    "runs/tiny",
+    "runs/<name>",
+    "configs/mine.yaml",
+    "config.yaml",
+    "metrics.jsonl",
+    "tensorboard/",
+    "csv/",
+    "checkpoints/",
+    "tokenizer.json",
+    "~/texts",
+}
+
+# Flags of the launchers.
+OTHER_FLAGS = {"--node-rank"}
