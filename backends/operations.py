@@ -11,6 +11,8 @@ from typing import Optional
 
 from torch import Tensor
 
+IGNORED = -100  # label of a position that predicts nothing: torch's own choice
+
 
 @dataclass(frozen=True)
 class ExpertOrder:
@@ -107,6 +109,6 @@ class Operations(ABC):
         """Cross entropy of ``hidden @ weight.T`` against the labels, without ever holding all logits.
 
         Returns:
-            the sum over tokens whose label is not -100 (a scalar; logits and sum in fp32, fp64 for fp64), and
+            the sum over tokens whose label is not ``IGNORED`` (a scalar; logits and sum in fp32, fp64 for fp64), and
             the number of those tokens (int64 scalar on the same device).
         """

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from backends.errors import UserError
+from backends.operations import IGNORED
 from parallel.topology import sum_over
 from trainer import checkpoint
 from trainer.config.load import dump_config
@@ -23,7 +24,7 @@ from trainer.interrupt import StopRequest
 from trainer.metrics.expert_load import expert_load
 from trainer.metrics.meter import Meter
 from trainer.metrics.recorder import Recorder
-from trainer.model import IGNORED, Share
+from trainer.model import Share
 from trainer.model.count import flops_per_token
 from trainer.optimizer import learning_rate
 from trainer.setup import Run

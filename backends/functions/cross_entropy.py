@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backends.functions.rows import accumulation_dtype
+from backends.operations import IGNORED
 
-IGNORED = -100
 _CHUNK_BYTES = 32 * 2**20  # of wide logits: enough rows for the multiply, few enough to stay near the caches
 
 

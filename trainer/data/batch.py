@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-IGNORED = -100  # label that torch's cross entropy leaves out
+from backends.operations import IGNORED
 
 
 @dataclass

@@ -6,7 +6,8 @@ modeling", equations 26 and 27), over a Kneser-Ney unigram that is interpolated 
 
 import numpy as np
 
-from trainer.data.batch import IGNORED, Batch
+from backends.operations import IGNORED
+from trainer.data.batch import Batch
 
 
 class Bigram:

@@ -3,6 +3,6 @@
 from trainer.model.config import ModelConfig
 from trainer.model.context import Share
 from trainer.model.init import materialize
-from trainer.model.model import IGNORED, MoETransformer
+from trainer.model.model import MoETransformer
 
-__all__ = ["IGNORED", "ModelConfig", "MoETransformer", "Share", "materialize"]
+__all__ = ["ModelConfig", "MoETransformer", "Share", "materialize"]

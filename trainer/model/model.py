@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backends.operations import Operations
+from backends.operations import IGNORED, Operations
 from trainer.model.config import ModelConfig
 from trainer.model.context import Context, Meters, Share
 from trainer.model.layer import MultiTokenPrediction, TransformerLayer
 from trainer.model.linear import Linear, RMSNorm, at_least_fp32
 from trainer.model.moe import MoE
 from trainer.model.rope import rotated_dims, rotations
-
-IGNORED = -100  # label of a position that predicts nothing
 
 
 class MoETransformer(nn.Module):

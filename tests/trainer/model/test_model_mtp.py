@@ -5,7 +5,7 @@ import pytest
 import torch
 from models_for_tests import assert_close, build, config, distance, gqa, gradients, mla, moe, some_tokens
 
-from trainer.model import IGNORED
+from backends.operations import IGNORED
 from trainer.model.config import RopeConfig
 from trainer.model.context import Context, Meters, Share
 from trainer.model.rope import rotated_dims, rotations
