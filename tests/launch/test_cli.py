@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import pytest
 
-from launch import cli
+from launch import cli, train
 from launch.arguments import train_parser
 
 
@@ -23,6 +23,26 @@ def moebius(capfd, *arguments: str) -> tuple[int, str, str]:
 def test_help_lists_every_command(capfd):
     code, out, _ = moebius(capfd, "--help")
     assert code == 0 and all(f"\n  {name} " in out for name in ("train", "generate", "info", "params", "plot"))
+
+
+def test_a_bare_command_shows_the_help(capfd):
+    code, out, err = moebius(capfd)
+    assert (code, err) == (2, "") and "\ncommands:\n" in out
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_commands_to_try_are_those_that_the_shell_finds(tmp_path, monkeypatch, active):
+    program = tmp_path / "env" / "bin" / "moebius"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(program.parent / "python"))
+    monkeypatch.setenv("PATH", str(program.parent) if active else "")
+    monkeypatch.chdir(tmp_path)
+    assert train._moebius() == ("moebius" if active else "env/bin/moebius")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert train._moebius() == ("moebius" if active else str(program))
 
 
 def test_version(capfd):
