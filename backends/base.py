@@ -88,5 +88,5 @@ class Backend(ABC):
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def environment(self) -> dict[str, str]:
-        """Variables that a launcher sets before it starts the processes of a run."""
+        """Variables that a run needs; :func:`backends.select` sets those that the user has not."""
         return {"DS_ACCELERATOR": self.deepspeed_accelerator, "THP_MEM_ALLOC_ENABLE": "1"}

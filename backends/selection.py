@@ -31,7 +31,10 @@ def select(name: str = "auto") -> Backend:
     problem = _problem(name)
     if problem:
         raise UserError(f"backend: {name!r} is not available here ({problem[0]}); {problem[1]}")
-    return CudaBackend(_local_rank()) if name == "cuda" else CpuBackend()
+    backend: Backend = CudaBackend(_local_rank()) if name == "cuda" else CpuBackend()
+    for variable, value in backend.environment().items():
+        os.environ.setdefault(variable, value)  # before the first allocation and the first cuBLAS call
+    return backend
 
 
 def _problem(name: str) -> tuple[str, str] | None:

@@ -66,9 +66,8 @@ class _Partition(list):
         self.flat_partition = flat
 
 
-def _deepspeed(backend: Backend) -> Any:
-    """Import DeepSpeed for this backend, without its start-up builds and banners."""
-    os.environ.setdefault("DS_ACCELERATOR", backend.deepspeed_accelerator)
+def _deepspeed() -> Any:
+    """Import DeepSpeed without its start-up builds and banners."""
     os.environ.setdefault("LOCAL_RANK", "0")  # it insists, even without a launcher
     # It still calls torch's older name of one collective, once per rank and call site.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
@@ -104,7 +103,7 @@ class Engine:
     ) -> None:
         self.topology, self.groups = topology, [group for group in groups if group.parameters]
         low_precision = next(module.parameters()).dtype == torch.bfloat16
-        deepspeed = _deepspeed(backend)
+        deepspeed = _deepspeed()
         deepspeed.init_distributed(backend.distributed_backend, verbose=False, dist_init_required=False)
         self._deepspeed = _build(
             deepspeed, module, self.groups, make_optimizer, topology, _ds_config(clip_norm, low_precision)

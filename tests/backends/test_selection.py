@@ -27,10 +27,22 @@ def test_auto_takes_the_cpu_where_there_is_no_accelerator(monkeypatch):
 def test_auto_takes_the_accelerator_that_torch_finds(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setattr(selection, "cuda_problem", lambda: None)
-    monkeypatch.setattr(selection, "CudaBackend", lambda index: ("cuda", index))
+
+    class Fake:
+        def __init__(self, index):
+            self.index = index
+
+        def environment(self):
+            return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "DS_ACCELERATOR": "cuda"}
+
+    monkeypatch.setattr(selection, "CudaBackend", Fake)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "mine")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert backends.select() == ("cuda", 3)
+    assert backends.select().index == 3
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["DS_ACCELERATOR"] == "mine"  # what a person chose stays
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(UserError, match="LOCAL_RANK=4: this machine has 4 devices"):
         backends.select()

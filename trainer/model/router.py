@@ -118,5 +118,8 @@ class Router(nn.Module):
 
 def _tokens_per_expert(experts_BSK: Tensor, num_experts: int) -> Tensor:
     """(B, E) int64: how often each sequence chose each expert."""
-    zeros = experts_BSK.new_zeros(experts_BSK.shape[0], num_experts)
-    return zeros.scatter_add(1, experts_BSK.flatten(1), torch.ones_like(experts_BSK).flatten(1))
+    batch = experts_BSK.shape[0]
+    # In one dimension, where a deterministic scatter exists on every device.
+    first_B11 = torch.arange(0, batch * num_experts, num_experts, device=experts_BSK.device).view(-1, 1, 1)
+    flat = (experts_BSK + first_B11).flatten()
+    return experts_BSK.new_zeros(batch * num_experts).scatter_add(0, flat, torch.ones_like(flat)).view(batch, -1)
