@@ -33,6 +33,7 @@ class Started:
 
 TRAIN = "moebius train --config configs/tiny.yaml --sample"
 _TWO = "launch/train.py --config configs/tiny.yaml parallel.expert=2 name=tiny-two"
+_BIG = "launch/train.py --config configs/tiny.yaml parallel.expert=8 train.global_batch_tokens=65536 name=big"
 
 INSIDE = {
     "moebius train --help": Inside(shows="model.moe.top_k"),
@@ -69,9 +70,17 @@ NOT_HERE = {
     'make test ARGS="tests/trainer/model"': "runs tests inside a test",
     "source .venv/bin/activate": "changes the shell; here the environment is on the path",
     "tensorboard --logdir runs": "a server that runs until it is stopped",
-    "deepspeed --hostfile hosts launch/train.py --config configs/tiny.yaml parallel.expert=8 name=big": "two machines",
-    "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr first --master-port 29500 launch/train.py "
-    "--config configs/tiny.yaml parallel.expert=8 name=big": "two machines",
+    f"deepspeed --hostfile hosts {_BIG}": "two machines",
+    "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr first --master-port 29500 "
+    f"{_BIG}": "two machines",
+}
+
+# Ranks that a launcher's words start; the documents' hosts file has two machines with eight slots each.
+RANKS = {
+    "deepspeed --num_accelerators 2": 2,
+    "torchrun --nproc-per-node 2": 2,
+    "deepspeed --hostfile hosts": 16,
+    "torchrun --nnodes 2": 16,
 }
 
 # Files in backticks that a run makes or a user has, so that the checkout does not hold them.

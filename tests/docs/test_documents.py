@@ -17,11 +17,12 @@ import pytest
 
 from launch import cli
 from tests.distributed.ranks import environment, free_port, stop
-from tests.docs.commands import BY_CI, INSIDE, NOT_HERE, NOT_IN_THE_CHECKOUT, OTHER_FLAGS, SAME, STARTED, TRAIN
+from tests.docs.commands import BY_CI, INSIDE, NOT_HERE, NOT_IN_THE_CHECKOUT, OTHER_FLAGS, RANKS, SAME, STARTED, TRAIN
 from tests.docs.documents import DOCUMENTS, ROOT, anchors, blocks, commands, links, prose, spans
 from trainer.config.catalogue import sections
 from trainer.config.load import load_config
 from trainer.config.schema import Config
+from trainer.config.validate import validate_layout
 
 COMMANDS = commands()
 CONFIGS = [block for document in DOCUMENTS for block in blocks(document) if block.language == "yaml"]
@@ -110,6 +111,14 @@ def test_no_table_has_a_command_that_no_document_has(command):
 @pytest.mark.parametrize("command", STARTED)
 def test_a_command_that_trains(sandbox, command):
     assert STARTED[command].shows in sandbox.start(command)
+
+
+@pytest.mark.parametrize("command", [command for command in {**STARTED, **NOT_HERE} if " --config " in command])
+def test_a_layout_fits_its_config_without_what_the_tests_add(sandbox, inside, command):
+    ranks = next((ranks for words, ranks in RANKS.items() if command.startswith(words)), 1)
+    path, *rest = shlex.split(command.partition(" --config ")[2])
+    config = load_config(path, [word for word in rest if not word.startswith("--")])
+    validate_layout(config, ranks, path)
 
 
 @pytest.mark.parametrize("command", INSIDE)
