@@ -63,6 +63,7 @@ class CpuBackend(Backend):
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.ops = CpuOperations()
+        processor.share_cores()
 
     @property
     def device_name(self) -> str:

@@ -34,6 +34,16 @@ def multiplies_bf16() -> bool:
     return any(flags.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "arm_bf16", "sve_bf16"))
 
 
+def share_cores() -> None:
+    """Give each rank of this machine its share of the cores, unless ``OMP_NUM_THREADS`` says otherwise.
+
+    The deepspeed launcher leaves every rank with threads for all cores, and they would wait for each other.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
 def memory() -> MemoryStats:
     """Resident set, its peak, and the machine's memory, in bytes."""
     fields = {}

@@ -8,7 +8,7 @@ Gradients do not take DeepSpeed's own path. They are folded, micro-batch by micr
 per group that mirrors the parameters, which is reduce-scattered once per step straight into the part that the
 optimizer reads. That path has no bf16 rounding at the reduction, does not depend on which hooks ran (split-backward
 pipeline schedules set ``.grad`` without any), allocates nothing per step, and costs one pass over the gradients
-where DeepSpeed's bucket, partition, norm and flatten copies cost about eight (docs/design.md has the numbers).
+where DeepSpeed's bucket, partition, norm and flatten copies cost about eight (docs/benchmarks.md has the numbers).
 
 Convention: every loss is divided by the size of the *global* batch before backward, so gradients are summed over
 ranks and micro-batches, never averaged.

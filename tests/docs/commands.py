@@ -59,7 +59,6 @@ STARTED = {
 
 # The same as another command but for what stands in front of it.
 SAME = {
-    f"OMP_NUM_THREADS=1 deepspeed --num_accelerators 2 {_TWO}": f"deepspeed --num_accelerators 2 {_TWO}",
 }
 
 # Run by .ci/run, because they run these tests or take minutes. The target must exist, and .ci/run must name it.

@@ -44,15 +44,15 @@ def validate_layout(config: Config, world_size: int, where: str) -> None:
             f"use {_nearest(sizes, expert)}, or start a multiple of {expert} ranks",
         )
     # Expert-parallel ranks read different data, so every rank is a data-parallel rank.
-    length, micro = config.data.sequence_length, config.train.micro_batch_size
-    sequences, unit = config.train.global_batch_tokens // length, world_size * micro
+    # Their share need not divide into micro-batches: the last one is smaller, on all ranks alike.
+    length, unit = config.data.sequence_length, world_size
+    sequences = config.train.global_batch_tokens // length
     if sequences % unit:
         below = sequences // unit * unit
         _refuse(
             where,
             "train.global_batch_tokens",
-            f"{sequences} sequences of {length} tokens do not divide over {world_size} data-parallel ranks x "
-            f"train.micro_batch_size={micro}",
+            f"{sequences} sequences of {length} tokens do not divide over {world_size} data-parallel ranks",
             f"use {_nearest([size * length for size in (below, below + unit) if size], sequences * length)}",
         )
 

@@ -126,15 +126,15 @@ def test_advice_on_expert_parallelism_always_works():
 
 
 def test_batch_that_does_not_split():
-    # 32 sequences; 3 ranks x 4 is 12, whose multiples around it are 24 and 36
+    # 32 sequences; the multiples of 3 around it are 30 and 33
     assert layout_refusal(3) == (
-        "x.yaml: train.global_batch_tokens: 32 sequences of 512 tokens do not divide over 3 data-parallel ranks x "
-        "train.micro_batch_size=4; use 12288 or 18432"
+        "x.yaml: train.global_batch_tokens: 32 sequences of 512 tokens do not divide over 3 data-parallel ranks; "
+        "use 15360 or 16896"
     )
 
 
-def test_batch_smaller_than_one_micro_batch_a_rank():
-    assert layout_refusal(16).endswith("use 32768")
+def test_batch_smaller_than_a_sequence_a_rank():
+    assert layout_refusal(64).endswith("use 32768")
 
 
 def test_layouts_that_work():
