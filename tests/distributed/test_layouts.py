@@ -29,18 +29,29 @@ LAYOUTS = [
     ("edp2-ep2", 4, "parallel.expert=2"),
     ("ep4", 4, "parallel.expert=4"),
 ]
+# More ranks than most machines have cores: slow, and the same code.
+LARGE = [
+    ("edp4-ep2", 8, "parallel.expert=2 train.micro_batch_size=1"),
+    ("edp2-ep4-recompute", 8, "parallel.expert=4 train.activation_checkpointing=layer"),
+    ("ep8", 8, "parallel.expert=8"),
+]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run of every layout; one launch for each number of ranks."""
     folder = tmp_path_factory.mktemp("layouts")
-    config = write_inputs(folder)
+    write_inputs(folder)
     for ranks in (1, 2, 4):
-        lines = [f"{overrides} run_dir={folder}/{name}" for name, n, overrides in LAYOUTS if n == ranks]
-        for outcome in run_ranks(ranks, "tests.distributed.train_many", str(config), *lines):
-            assert outcome == ["done"] * len(lines)
+        train_all(folder, ranks, LAYOUTS)
     return folder
+
+
+def train_all(folder: Path, ranks: int, layouts: list[tuple[str, int, str]]) -> None:
+    """Train every layout of that many ranks, in one launch."""
+    lines = [f"{overrides} run_dir={folder}/{name}" for name, n, overrides in layouts if n == ranks]
+    for outcome in run_ranks(ranks, "tests.distributed.train_many", f"{folder}/small.yaml", *lines):
+        assert outcome == ["done"] * len(lines)
 
 
 def records(run: Path) -> list[dict]:
@@ -67,6 +78,18 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", [name for name, *_ in LAYOUTS if name != "one"])
 def test_a_layout_trains_the_same_model(runs: Path, name: str) -> None:
+    assert_same_model(runs, name)
+
+
+@pytest.mark.slow
+def test_eight_ranks_train_the_same_model(runs: Path) -> None:
+    train_all(runs, 8, LARGE)
+    for name, *_ in LARGE:
+        assert_same_model(runs, name)
+
+
+def assert_same_model(runs: Path, name: str) -> None:
+    """Losses, norms, expert loads and the final state of a run against one process."""
     expected, found = records(runs / "one"), records(runs / name)
     assert len(expected) == len(found) == STEPS + 2  # and two evaluations
     for one, other in zip(expected, found, strict=True):
@@ -92,11 +115,13 @@ def test_a_run_resumes_under_any_layout(runs: Path, tmp_path: Path) -> None:
     """Step 14 of a 4-rank run, continued by one, two and four ranks: the uninterrupted run's figures."""
     config = runs / "small.yaml"
     ways = [("a", 1, ""), ("b", 2, "parallel.expert=2"), ("c", 4, ""), ("d", 4, "parallel.expert=2")]
-    for name, ranks, overrides in ways:
+    for name, _, _ in ways:
         shutil.copytree(runs / "edp2-ep2", tmp_path / name)
         shutil.rmtree(tmp_path / name / "checkpoints" / "step-000020")
-        line = f"--resume {overrides} run_dir={tmp_path}/{name}"
-        assert run_ranks(ranks, "tests.distributed.train_many", str(config), line)[0] == ["done"]
+    for ranks in (1, 2, 4):
+        lines = [f"--resume {overrides} run_dir={tmp_path}/{name}" for name, n, overrides in ways if n == ranks]
+        assert set(run_ranks(ranks, "tests.distributed.train_many", str(config), *lines)[0]) == {"done"}
+    for name, _, _ in ways:
         for one, other in zip(records(runs / "edp2-ep2"), records(tmp_path / name), strict=True):
             if "loss" in one:
                 # Bitwise on the layout that saved; elsewhere sums have another order.

@@ -58,8 +58,7 @@ STARTED = {
 }
 
 # The same as another command but for what stands in front of it.
-SAME = {
-}
+SAME: dict[str, str] = {}
 
 # Run by .ci/run, because they run these tests or take minutes. The target must exist, and .ci/run must name it.
 BY_CI = {"make train", "make test", "make test-slow", "make lint"}
