@@ -67,6 +67,9 @@ NOT_HERE = {
     "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train": "downloads packages",
     'make test ARGS="tests/trainer/model"': "runs tests inside a test",
     "source .venv/bin/activate": "changes the shell; here the environment is on the path",
+    "python benchmarks/step.py --config configs/bench/qwen3.yaml --peer transformers --profile": "minutes; "
+    "tests/benchmarks runs the script on a model of no size",
+    "python benchmarks/step.py --config configs/bench/dsv3.yaml --peer transformers --precision bf16": "minutes",
     "tensorboard --logdir runs": "a server that runs until it is stopped",
     f"deepspeed --hostfile hosts {_BIG}": "two machines",
     "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr first --master-port 29500 "

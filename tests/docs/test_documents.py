@@ -113,7 +113,9 @@ def test_a_command_that_trains(sandbox, command):
     assert STARTED[command].shows in sandbox.start(command)
 
 
-@pytest.mark.parametrize("command", [command for command in {**STARTED, **NOT_HERE} if " --config " in command])
+@pytest.mark.parametrize(
+    "command", [command for command in {**STARTED, **NOT_HERE} if "train" in command and " --config " in command]
+)
 def test_a_layout_fits_its_config_without_what_the_tests_add(sandbox, inside, command):
     ranks = next((ranks for words, ranks in RANKS.items() if command.startswith(words)), 1)
     path, *rest = shlex.split(command.partition(" --config ")[2])
@@ -179,7 +181,7 @@ def test_links_lead_somewhere(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_what_is_named_exists(document):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    launch = "".join(path.read_text() for path in (ROOT / "launch").glob("*.py"))
+    commands = "".join(path.read_text() for folder in ("launch", "benchmarks") for path in (ROOT / folder).glob("*.py"))
     for span in spans(document):
         problem = f"{document.name}: `{span}`"
         for target in re.findall(r"\bmake ([a-z-]+)", span):
@@ -187,7 +189,7 @@ def test_what_is_named_exists(document):
         if span.startswith("moebius ") and span.split()[1].isalpha():
             assert span.split()[1] in cli.COMMANDS, problem
         for flag in re.findall(r"(?:^| )(--[a-z-]+)", span):
-            assert f'"{flag}"' in launch or flag in OTHER_FLAGS, problem
+            assert f'"{flag}"' in commands or flag in OTHER_FLAGS, problem
         if _is_file(span):
             there = (ROOT / span, document.parent / span)
             assert span in NOT_IN_THE_CHECKOUT or any(path.exists() for path in there), problem
