@@ -37,12 +37,10 @@ class Process:
 
     def close(self) -> None:
         """End it."""
-        self._process.stdin.close()  # type: ignore[union-attr]
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()  # it has nothing to save, and may be in the middle of a step of minutes
+        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()  # type: ignore[union-attr]
         self._process.stdout.close()  # type: ignore[union-attr]
         self._errors.close()
 

@@ -8,6 +8,7 @@ Contenders take turns, one step each, in processes of their own: what the machin
 import argparse
 import math
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from launch.errors import run  # noqa: E402
 def main(argv: list[str]) -> int:
     """Print the table of the config that ``argv`` names."""
     args = _parser().parse_intermixed_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: no contender is left computing
     return run(lambda: _bench(args), debug=False)
 
 
