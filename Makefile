@@ -16,7 +16,7 @@ train: $(VENV)/.installed ## train configs/tiny.yaml on this machine and sample 
 	@$(BIN)/moebius train --config $(CONFIG) --sample $(ARGS)
 
 test: $(VENV)/.installed-test ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 # pytest exits with 5 when it finds no test.
 test-slow: $(VENV)/.installed-test ## run the long matrix

@@ -72,8 +72,13 @@ class Loop:
         run, train = self.run, self.config.train
         run.model.train()
         if run.topology.is_main:
-            run.run_dir.mkdir(parents=True, exist_ok=True)
-            (run.run_dir / "config.yaml").write_text(dump_config(self.config))
+            try:
+                run.run_dir.mkdir(parents=True, exist_ok=True)
+                (run.run_dir / "config.yaml").write_text(dump_config(self.config))
+            except OSError as error:
+                raise UserError(
+                    f"run_dir: {run.run_dir}: cannot be written ({error.strerror}); choose another"
+                ) from error
         with (
             Recorder(str(run.run_dir), self.config, run.topology.is_main, train.steps, run.step) as self.recorder,
             StopRequest().listening() as self.stop,

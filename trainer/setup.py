@@ -1,5 +1,6 @@
 """From a config to everything that a run needs, in the order that leaves nothing behind when something is wrong."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETran
 
 
 def _starting_point(run_dir: Path, resume: bool) -> Path | None:
+    _check_place(run_dir)
     newest = checkpoint.newest(run_dir)
     if resume:
         if newest is None:
@@ -100,3 +102,12 @@ def _starting_point(run_dir: Path, resume: bool) -> Path | None:
         hint = "add --resume to go on with it, or " if newest else ""
         raise UserError(f"{run_dir}: this run directory exists; {hint}choose another run_dir=... or name=...")
     return None
+
+
+def _check_place(run_dir: Path) -> None:
+    """Raise a :class:`UserError` if the run could not be written, before anything is."""
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"run_dir: {run_dir}: {there} is a file; choose another run_dir=...")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir: {run_dir}: {there} may not be written to; choose another run_dir=...")

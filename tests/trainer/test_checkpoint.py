@@ -66,7 +66,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(
         (newest / ".metadata").write_bytes(b"nonsense")
     else:
         (newest / "trainer.json").write_text("{")
-    with pytest.raises(UserError, match=r"step-000006.*; resume from another checkpoint"):
+    with pytest.raises(
+        UserError, match=r"step-000006.* \(.+\); delete this folder, and the checkpoint before it is the newest"
+    ):
         resume(small, tmp_path / "a")
 
 

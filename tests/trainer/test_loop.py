@@ -178,3 +178,11 @@ def test_nothing_is_left_behind_by_a_refused_run(small: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="backend"):
         train(small, tmp_path / "a", "backend=ascend")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_run_directory_that_cannot_be_is_refused(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"run_dir: .*/file/run: .*/file is a file; choose another"):
+        train(small, tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"run_dir: /proc/nope/run: (cannot be written|/proc may not be written to)"):
+        train(small, Path("/proc/nope/run"))

@@ -29,6 +29,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.model import MoETransformer
 
 FOLDER, STATE, CONFIG, TOKENIZER = "checkpoints", "trainer.json", "config.yaml", "tokenizer.json"
+_OTHER = "delete this folder, and the checkpoint before it is the newest"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -182,9 +183,7 @@ def _metadata(checkpoint: Path) -> dict[str, Any]:
     try:
         return dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     except Exception as error:  # pickle raises anything at all on a damaged file
-        raise UserError(
-            f"{checkpoint}/.metadata: cannot be read ({type(error).__name__}); resume from another checkpoint"
-        ) from error
+        raise UserError(f"{checkpoint}/.metadata: cannot be read ({type(error).__name__}); {_OTHER}") from error
 
 
 def _read(checkpoint: Path, tensors: dict[str, Tensor], no_dist: bool = False) -> None:
@@ -201,11 +200,12 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor], no_dist: bool = False) -
         dcp.load(tensors, checkpoint_id=checkpoint, planner=DefaultLoadPlanner(), no_dist=no_dist)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        raise UserError(f"{checkpoint}: is damaged ({cause}); resume from another checkpoint") from error
+        said = str(cause).partition("\n")[0][:100] or type(cause).__name__
+        raise UserError(f"{checkpoint}: is damaged ({said}); {_OTHER}") from error
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint}/{STATE}: cannot be read ({error}); resume from another checkpoint") from error
+        raise UserError(f"{checkpoint}/{STATE}: cannot be read ({error}); {_OTHER}") from error

@@ -14,6 +14,7 @@ def validate(config: Config, where: str) -> None:
         UserError: ``<where>: <key>: <problem>; <remedy>``, ``where`` being the config file.
     """
     config.model.validate(where)
+    _check_name(config, where)
     _check_ranges(config, where)
     _check_data(config, where)
     _check_batch(config, where)
@@ -110,6 +111,11 @@ def _check_ranges(config: Config, where: str) -> None:
             value = getattr(value, part)
         if not math.isfinite(value) or not holds(value):
             _refuse(where, key, f"is {value:g}" if isinstance(value, float) else f"is {value}", remedy)
+
+
+def _check_name(config: Config, where: str) -> None:
+    if not config.name or "/" in config.name or config.name in (".", ".."):
+        _refuse(where, "name", f"{config.name!r} is no folder name", "use letters and digits; run_dir takes a path")
 
 
 def _check_data(config: Config, where: str) -> None:

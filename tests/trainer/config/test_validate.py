@@ -53,6 +53,10 @@ def test_the_defaults_are_valid():
             "x.yaml: model.moe.top_k: 9 is more than num_experts=8; set it between 1 and 8",
         ),
         (
+            {"name": "../evil"},
+            "x.yaml: name: '../evil' is no folder name; use letters and digits; run_dir takes a path",
+        ),
+        (
             {"train__global_batch_tokens": 1000},
             "x.yaml: train.global_batch_tokens: 1000 is not a multiple of data.sequence_length=512; use 512 or 1024",
         ),
