@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_all(folder: Path, ranks: int, layouts: list[tuple[str, int, str]]) -> None:
     """Train every layout of that many ranks, in one launch."""
     lines = [f"{overrides} run_dir={folder}/{name}" for name, n, overrides in layouts if n == ranks]
-    for outcome in run_ranks(ranks, "tests.distributed.train_many", f"{folder}/small.yaml", *lines):
+    for outcome in run_ranks(ranks, "tests.distributed.train_many", f"{folder}/small.yaml", *lines, timeout=600):
         assert outcome == ["done"] * len(lines)
 
 
@@ -82,6 +82,7 @@ def test_a_layout_trains_the_same_model(runs: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_eight_ranks_train_the_same_model(runs: Path) -> None:
     train_all(runs, 8, LARGE)
     for name, *_ in LARGE:
