@@ -11,12 +11,11 @@ from torch import Tensor
 
 from backends import peak
 from backends.base import DTYPES, Backend, MemoryStats, Slot
-from backends.functions import cross_entropy, elementwise, rows
+from backends.cpu import CpuOperations
 from backends.functions.rows import accumulation_dtype
-from backends.operations import ExpertOrder, Operations
 
 
-class CudaOperations(Operations):
+class CudaOperations(CpuOperations):
     """Where torch has a fused operator it is used; the rest is the CPU's definition, which runs on any device."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
@@ -25,18 +24,6 @@ class CudaOperations(Operations):
     def grouped_mm(self, x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
         offsets = counts_E.cumsum(0).to(torch.int32)
         return _PackedGradient.apply(F.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=offsets))
-
-    def sort_by_expert(self, experts_TK: Tensor, num_experts: int, dropping: bool = True) -> ExpertOrder:
-        return rows.sort_by_expert(experts_TK, num_experts, dropping)
-
-    def permute(self, x_TH: Tensor, order: ExpertOrder) -> Tensor:
-        return rows.permute(x_TH, order)
-
-    def unpermute(self, y_PH: Tensor, order: ExpertOrder, weights_TK: Tensor) -> Tensor:
-        return rows.unpermute(y_PH, order, weights_TK)
-
-    def take_rows(self, x_PH: Tensor, index_P: Tensor, inverse_P: Tensor) -> Tensor:
-        return rows.take_rows(x_PH, index_P, inverse_P)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype == weight.dtype:
@@ -47,9 +34,6 @@ class CudaOperations(Operations):
     def swiglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
-
-    def rotary(self, x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool) -> Tensor:
-        return elementwise.rotary(x_BSND, cos_BSR, sin_BSR, interleaved)
 
     def attention(
         self, q_BSND: Tensor, k_BSMD: Tensor, v_BSMW: Tensor, scale: float, documents_BS: Optional[Tensor] = None
@@ -64,9 +48,6 @@ class CudaOperations(Operations):
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return result.transpose(1, 2)[..., :value_head]
-
-    def linear_cross_entropy(self, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
-        return cross_entropy.linear_cross_entropy(hidden_TH, weight_VH, labels_T)
 
 
 def _document_mask(documents_BS: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Imported in a contender's own process only: it brings the allocator settings of 
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -18,6 +17,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.model import MoETransformer, Share, materialize
 from trainer.optimizer import parameter_groups
+from trainer.precision import weights_dtype
 
 
 def _prepare(job: dict[str, Any]) -> tuple[Config, Backend]:
@@ -64,7 +64,7 @@ def moebius_plain(job: dict[str, Any]) -> Contender:
     In bf16 this loop does less than the engine, which keeps fp32 master weights, moments and gradients.
     """
     config, backend = _prepare(job)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = weights_dtype(config.train.precision)
     model = MoETransformer(config.model, backend.ops, dtype=dtype)
     materialize(model, config.seed, backend.device)
     groups = [

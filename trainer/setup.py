@@ -20,6 +20,7 @@ from trainer.data import SequenceReader, Tokenizer, check_vocabulary, load_token
 from trainer.metrics.charts import check_installed
 from trainer.model import MoETransformer, materialize
 from trainer.optimizer import adamw, parameter_groups
+from trainer.precision import weights_dtype
 
 
 @dataclass
@@ -52,7 +53,7 @@ def prepare(config: Config, where: str, resume: bool) -> Run:
     validate_layout(config, topologies.world_size_from_environment(), where)
     check_installed(config.metrics, where)
     backend = backends.select(config.backend)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = weights_dtype(config.train.precision)
     if not backend.supports(dtype):
         raise UserError(
             f"{where}: train.precision: {config.train.precision} is not supported by {backend.device_name}; use fp32"
@@ -76,7 +77,7 @@ def prepare(config: Config, where: str, resume: bool) -> Run:
 def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETransformer, Engine]:
     """The model with this rank's experts and its initial weights, and the engine around it."""
     train = config.train
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    dtype = weights_dtype(train.precision)
     model = MoETransformer(config.model, backend.ops, dtype=dtype, recompute=train.activation_checkpointing == "layer")
     shard_experts([moe for _, moe in model.moe_layers()], topology.ep, backend.ops)
     materialize(model, config.seed, backend.device)

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from backends.base import Backend
 from backends.errors import UserError
 from trainer.checkpoint.store import CONFIG, STATE, TOKENIZER, load_weights, newest
@@ -12,6 +10,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.model import MoETransformer
+from trainer.precision import weights_dtype
 
 
 def load_for_inference(place: str, backend: Backend) -> tuple[MoETransformer, Tokenizer, Config]:
@@ -30,7 +29,7 @@ def load_for_inference(place: str, backend: Backend) -> tuple[MoETransformer, To
     config = load_config(str(checkpoint / CONFIG), [])
     config.data.tokenizer = replace(config.data.tokenizer, path=str(checkpoint / TOKENIZER))
     tokenizer = load_tokenizer(config.data, str(checkpoint / CONFIG))
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = weights_dtype(config.train.precision)
     model = MoETransformer(config.model, backend.ops, device=backend.device, dtype=dtype)
     load_weights(checkpoint, model)
     return model.eval(), tokenizer, config
