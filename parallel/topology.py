@@ -67,6 +67,9 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
             dist.init_process_group(name)
         else:
             dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)
+    # Every rank has passed its checks, of the run directory too, before any goes on to write. Meeting for the first
+    # time sees to that; a second run in the same processes needs this.
+    dist.barrier()
     shape = (1, world // config.expert, config.expert)
     mesh = init_device_mesh(backend.device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
     flat = mesh["edp", "ep"]._flatten("dp") if world > 1 else None
