@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from backends.base import Backend
+from parallel.pipeline.shared import SharedWeight
 from parallel.topology import Axis, Topology
 
 EXPERTS = "experts"  # DeepSpeed's name for our one expert-parallel group
@@ -90,6 +91,7 @@ class Engine:
         make_optimizer: builds the torch optimizer from parameter-group dicts; a fused one, because DeepSpeed's
             own unfused AdamW takes longer than the rest of its step.
         clip_norm: largest global gradient norm; 0 never clips.
+        shared: a weight of another pipeline stage too; where it is a copy it is in none of the groups.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Engine:
         topology: Topology,
         backend: Backend,
         clip_norm: float = 0.0,
+        shared: SharedWeight | None = None,
     ) -> None:
         self.topology, self.groups = topology, [group for group in groups if group.parameters]
         low_precision = next(module.parameters()).dtype == torch.bfloat16
@@ -118,6 +121,10 @@ class Engine:
             for parameter, offset in zip(group.parameters, self.zero.round_robin_bit16_offsets[index], strict=True):
                 self._views[parameter] = flat[offset : offset + parameter.numel()].view_as(parameter)
                 parameter.register_post_accumulate_grad_hook(self._fold)
+        self.shared = shared
+        if shared is not None and not shared.owned:
+            self._views[shared.weight] = torch.zeros_like(shared.weight, dtype=torch.float32)
+            shared.weight.register_post_accumulate_grad_hook(self._fold)
         self._unfilled.update(self._views)
 
     def _fold(self, parameter: nn.Parameter) -> None:
@@ -144,6 +151,8 @@ class Engine:
         for parameter in self._unfilled:
             self._views[parameter].zero_()  # took no part in this step
         self._unfilled.update(self._views)
+        if self.shared is not None:
+            self.shared.collect(self._views[self.shared.weight])
         for index, group in enumerate(self.groups):
             axis = self._replicas(group)
             parts = self._flats[index].chunk(axis.size)
@@ -160,6 +169,8 @@ class Engine:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self._deepspeed.step()
+        if self.shared is not None:
+            self.shared.refresh()
         return float(self.zero.norm)
 
     def _replicas(self, group: ParameterGroup) -> Axis:
@@ -204,6 +215,8 @@ class Engine:
         for master in self.zero.single_partition_of_fp32_groups:
             self.zero.optimizer.state[master]["step"].fill_(steps)
         self.zero.update_lp_params()
+        if self.shared is not None:
+            self.shared.refresh()
 
 
 def _ds_config(clip_norm: float, low_precision: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 import backends
 from parallel import topology
+from parallel.clock import Clock
 from parallel.config import ParallelConfig
 from parallel.dispatch import AllToAllDispatcher
 from parallel.engine import Engine, ParameterGroup
@@ -118,7 +119,7 @@ def dispatch(place: topology.Topology) -> dict[str, float]:
     from trainer.model.moe import LocalDispatcher
 
     first = place.ep.rank * 4
-    far = run(AllToAllDispatcher(place.ep, experts, ops, True), weight[first : first + 4])
+    far = run(AllToAllDispatcher(place.ep, experts, ops, True, Clock(x.device)), weight[first : first + 4])
     near = run(LocalDispatcher(experts, ops, True), weight)
     everyones = near[3].contiguous()
     dist.all_reduce(everyones)  # the owner of an expert sees the tokens of both ranks
