@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules, their timelines, and the overlap of forward and backward."""
