@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ SCHEDULES = {
 }
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):
     """One piece of work on one micro-batch.
 
     ``kind`` is "F" for a forward, "I" for a backward that gives the gradient of the stage's input only, "W" for the

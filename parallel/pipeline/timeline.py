@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
@@ -106,7 +106,7 @@ def simulate(
                 together = max(ready(action) for action in step) if overlap else 0.0
                 for action in step:
                     start = max(free, together, ready(action))
-                    spans.append(Span(*astuple(action), start, start + durations.of(action.kind)))
+                    spans.append(Span(*action, start, start + durations.of(action.kind)))
                     free = free if overlap else spans[-1].end
                 for action in step:
                     done[action] = max(span.end for span in spans[-len(step) :])
