@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from backends.base import Backend
 from parallel.config import ParallelConfig
+from parallel.network import choose_interface
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
             "gloo" if backend.device.type == "cpu" else f"cpu:gloo,{backend.device.type}:{backend.distributed_backend}"
         )
         if "RANK" in os.environ:
+            choose_interface(world)
             dist.init_process_group(name)
         else:
             dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)

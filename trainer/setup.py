@@ -10,6 +10,7 @@ import backends
 from backends.base import Backend
 from backends.errors import UserError
 from parallel import topology as topologies
+from parallel.agreement import agree
 from parallel.dispatch import shard_experts
 from parallel.engine import Engine
 from parallel.topology import Topology
@@ -17,6 +18,7 @@ from trainer import checkpoint
 from trainer.config.schema import Config
 from trainer.config.validate import validate_layout
 from trainer.data import SequenceReader, Tokenizer, check_vocabulary, load_tokenizer, open_data
+from trainer.facts import common_facts
 from trainer.metrics.charts import check_installed
 from trainer.model import MoETransformer, materialize
 from trainer.optimizer import adamw, parameter_groups
@@ -64,6 +66,7 @@ def prepare(config: Config, where: str, resume: bool) -> Run:
 
     backend.set_deterministic(config.train.deterministic)
     torch.manual_seed(config.seed)
+    agree(common_facts(config, backend, training, validation))
     topology = topologies.start(backend, config.parallel)
     model, engine = build(config, topology, backend)
     run = Run(config, where, run_dir, backend, topology, tokenizer, training, validation, model, engine)
