@@ -69,15 +69,14 @@ class _Room:
         return self._store.add(key, number)
 
     def appears(self, key: str, patience: float) -> bool:
-        """Wait for a key; False if it does not come. Slices of a second, because a wait in C++ hears no Ctrl-C."""
-        end = time.monotonic() + patience
-        while True:
-            try:
-                self._store.wait([key], timedelta(seconds=max(0.01, min(1.0, end - time.monotonic()))))
-                return True
-            except dist.DistStoreError:
-                if time.monotonic() >= end:
-                    return False
+        """Wait for a key; False if it does not come. The store's own wait would hear no Ctrl-C."""
+        end, pause = time.monotonic() + patience, 0.01
+        while not self._store.check([key]):
+            if time.monotonic() >= end:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+        return True
 
     def get(self, key: str) -> Any:
         """A value, waiting for it as long as it takes: another host may be tokenizing its corpus."""
@@ -104,6 +103,7 @@ class _Room:
         why = self.get("end") if self.appears("end", _ECHO) else self.end({"line": None, "rank": self.rank})
         if why and why["line"]:
             self.give_up(why)
+        self.add("heard")
 
     def give_up(self, why: dict[str, Any]) -> None:
         """Raise what an end means for this rank."""
