@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from parallel.pipeline.order import SCHEDULES
+from parallel.pipeline.order import SCHEDULES, default_chunks
 
 
 def _key(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -30,6 +30,11 @@ class ParallelConfig:
     layers_per_stage: list[int] = _key(list, "layers of each pipeline stage; empty: balanced by estimated cost")
 
     @property
+    def overlaps(self) -> bool:
+        """Whether a rank runs a forward and a backward at once."""
+        return self.pipeline > 1 and SCHEDULES[self.schedule].overlaps
+
+    @property
     def stages(self) -> int:
         """Pipeline stages on all ranks."""
-        return self.pipeline * (self.stages_per_rank or SCHEDULES[self.schedule].chunks)
+        return self.pipeline * (self.stages_per_rank or default_chunks(self.schedule))

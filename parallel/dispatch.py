@@ -37,27 +37,33 @@ class MoELayer(Protocol):
 
 
 class Exchange:
-    """All-to-all over one mesh axis.
+    """All-to-all over the expert-parallel ranks.
 
     Args:
+        forward, backward: the same ranks; two groups where a forward and a backward may run at once.
         clock: gets the span ``expert_all_to_all``.
     """
 
-    def __init__(self, axis: Axis, clock: Clock) -> None:
-        self.group, self.clock = axis.group, clock
+    def __init__(self, forward: Axis, backward: Axis, clock: Clock) -> None:
+        self.axis, self._backward, self.clock = forward, backward, clock
+
+    def _group(self) -> dist.ProcessGroup:
+        """Recomputation runs the forward inside a backward pass: autograd is asked, not the caller."""
+        in_backward = torch._C._current_graph_task_id() != -1
+        return (self._backward if in_backward else self.axis).group
 
     def __call__(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Row counts to and from each rank; the rows that arrived, by source rank."""
         arrived = rows.new_empty(sum(receive), *rows.shape[1:])
         with self.clock.span("expert_all_to_all"):
-            dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=self.group)
+            dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=self._group())
         return arrived
 
     def counts(self, going: Tensor) -> Tensor:
         """One row of ``going`` (ranks, ·) to each rank; what they sent, in the same shape."""
         coming = torch.empty_like(going)
         with self.clock.span("expert_all_to_all"):
-            dist.all_to_all_single(coming, going, group=self.group)
+            dist.all_to_all_single(coming, going, group=self._group())
         return coming
 
 
@@ -94,18 +100,18 @@ class AllToAllDispatcher:
     so that every local expert sees one contiguous run.
     """
 
-    def __init__(self, axis: Axis, num_experts: int, ops: Operations, dropping: bool, clock: Clock) -> None:
-        self.axis, self.num_experts, self.ops, self.dropping = axis, num_experts, ops, dropping
-        self.exchange = Exchange(axis, clock)
+    def __init__(self, exchange: Exchange, num_experts: int, ops: Operations, dropping: bool) -> None:
+        self.exchange, self.num_experts, self.ops, self.dropping = exchange, num_experts, ops, dropping
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, _Journey]:
         """Rows (Q, H) sorted by local expert, tokens per local expert (L,), and the way back."""
         order = self.ops.sort_by_expert(experts_TK, self.num_experts, self.dropping)
-        going = order.counts_E.view(self.axis.size, -1)
+        ranks = self.exchange.axis.size
+        going = order.counts_E.view(ranks, -1)
         coming = self.exchange.counts(going)
         send, receive = torch.stack([going.sum(1), coming.sum(1)]).tolist()
         rows_QH = _AllToAll.apply(self.ops.permute(x_TH, order), send, receive, self.exchange)
-        local = torch.arange(coming.shape[1], device=coming.device).repeat(self.axis.size)
+        local = torch.arange(coming.shape[1], device=coming.device).repeat(ranks)
         expert_Q = local.repeat_interleave(coming.flatten())
         by_expert_Q = expert_Q.argsort(stable=True)
         by_arrival_Q = torch.empty_like(by_expert_Q)
@@ -120,12 +126,13 @@ class AllToAllDispatcher:
         return self.ops.unpermute(y_PH, state.order, weights_TK)
 
 
-def shard_experts(layers: Iterable[MoELayer], axis: Axis, ops: Operations, clock: Clock) -> None:
+def shard_experts(layers: Iterable[MoELayer], exchange: Exchange, ops: Operations) -> None:
     """Give this rank its share of every layer's experts and let tokens travel; nothing to do on one rank."""
+    axis = exchange.axis
     if axis.size == 1:
         return
     for layer in layers:
         total = layer.experts.total
         assert total % axis.size == 0, "validate_layout of the config comes first"
         layer.experts.shard(axis.rank * (total // axis.size), total // axis.size)
-        layer.dispatcher = AllToAllDispatcher(axis, total, ops, layer.dropping, clock)
+        layer.dispatcher = AllToAllDispatcher(exchange, total, ops, layer.dropping)

@@ -10,21 +10,18 @@ import backends
 from backends.base import Backend
 from backends.errors import UserError
 from parallel import topology as topologies
-from parallel.clock import Clock
-from parallel.dispatch import shard_experts
+from parallel.agreement import agree
 from parallel.engine import Engine
-from parallel.pipeline.pipeline import Pipeline, held_by
-from parallel.pipeline.shared import SharedWeight
-from parallel.pipeline.split import balanced
-from parallel.topology import Axis, Topology
+from parallel.pipeline.pipeline import Pipeline
+from parallel.topology import Topology
 from trainer import checkpoint
+from trainer.build import build
 from trainer.config.schema import Config
 from trainer.config.validate import validate_layout
 from trainer.data import SequenceReader, Tokenizer, check_vocabulary, load_tokenizer, open_data
+from trainer.facts import common_facts
 from trainer.metrics.charts import check_installed
-from trainer.model import MoETransformer, materialize
-from trainer.model.count import layer_costs
-from trainer.optimizer import adamw, parameter_groups
+from trainer.model import MoETransformer
 from trainer.precision import weights_dtype
 
 
@@ -70,6 +67,7 @@ def prepare(config: Config, where: str, resume: bool) -> Run:
 
     backend.set_deterministic(config.train.deterministic)
     torch.manual_seed(config.seed)
+    agree(common_facts(config, backend, training, validation))
     topology = topologies.start(backend, config.parallel)
     model, engine, pipeline = build(config, topology, backend)
     run = Run(config, where, run_dir, backend, topology, tokenizer, training, validation, model, engine, pipeline)
@@ -78,66 +76,6 @@ def prepare(config: Config, where: str, resume: bool) -> Run:
         run.step, run.tokens = state["step"], state["tokens"]
         training.load_state_dict(state["data"])
     return run
-
-
-def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETransformer, Engine, Pipeline]:
-    """This rank's part of the model with its initial weights, the engine around it, and its end of the pipeline."""
-    train, layout, pp = config.train, config.parallel, topology.pp
-    counts = layers_per_stage(config)
-    held = held_by(pp.rank, pp.size, counts, layout.schedule)
-    dtype = weights_dtype(train.precision)
-    model = MoETransformer(
-        config.model,
-        backend.ops,
-        dtype=dtype,
-        recompute=train.activation_checkpointing == "layer",
-        parts=[part for _, part in held],
-    )
-    clock = Clock(backend.device)
-    shard_experts([moe for _, moe in model.moe_layers()], topology.ep, backend.ops, clock)
-    materialize(model, config.seed, backend.device)
-    engine = Engine(
-        model,
-        parameter_groups(model, config.optimizer.weight_decay),
-        adamw(config.optimizer),
-        topology,
-        backend,
-        clip_norm=config.optimizer.clip_norm,
-        shared=_shared_embedding(model, pp),
-    )
-    hidden_dtype = torch.promote_types(dtype, torch.float32) if config.model.residual_fp32 else dtype
-    sequences = train.global_batch_tokens // config.data.sequence_length
-    shape = (train.micro_batch_size, config.data.sequence_length, config.model.hidden_size)
-    pipeline = Pipeline(
-        model,
-        held,
-        len(counts),
-        pp,
-        layout.schedule,
-        sequences // topology.dp.size // train.micro_batch_size,
-        torch.empty(shape, dtype=hidden_dtype, device=backend.device),
-        clock,
-    )
-    return model, engine, pipeline
-
-
-def layers_per_stage(config: Config) -> list[int]:
-    """As the config gives them, or balanced by cost."""
-    layout = config.parallel
-    if layout.pipeline == 1:
-        return [config.model.num_layers]
-    costs = layer_costs(config.model, config.data.sequence_length)
-    return list(layout.layers_per_stage) or balanced(costs.layers, costs.before, costs.after, layout.stages)
-
-
-def _shared_embedding(model: MoETransformer, pp: Axis) -> SharedWeight | None:
-    """The embedding where the last stage of the pipeline uses it too and is another rank's."""
-    uses = model.config.tie_embeddings or model.config.mtp_layers > 0
-    if model.embedding_copy is not None:
-        return SharedWeight(model.embedding_copy, pp)
-    if pp.size > 1 and pp.rank == 0 and uses and not hasattr(model, "head"):
-        return SharedWeight(next(model.embed.parameters()), pp)
-    return None
 
 
 def _starting_point(run_dir: Path, resume: bool) -> Path | None:

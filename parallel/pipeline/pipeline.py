@@ -15,7 +15,8 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from parallel.clock import Clock
-from parallel.pipeline.order import SCHEDULES
+from parallel.pipeline.order import SCHEDULES, layout
+from parallel.pipeline.overlap import overlap
 from parallel.pipeline.split import Part, parts
 from parallel.pipeline.stage import PartModel, Stage
 from parallel.topology import Axis
@@ -30,11 +31,7 @@ def held_by(rank: int, ranks: int, counts: Sequence[int], schedule: str) -> list
             go round.
     """
     every = parts(counts)
-    if SCHEDULES[schedule].v_shaped:
-        mine = [number for number in range(len(every)) if rank in (number, 2 * ranks - 1 - number)]
-    else:
-        mine = list(range(rank, len(every), ranks))
-    return [(number, every[number]) for number in mine]
+    return [(number, every[number]) for number in layout(schedule, ranks, len(every) // ranks)[rank]]
 
 
 class Pipeline:
@@ -78,6 +75,8 @@ class Pipeline:
             loss_fn=lambda loss, _: loss,  # the last part computes it
             scale_grads=False,
         )
+        if SCHEDULES[schedule].overlaps:
+            overlap(self._schedule)
 
     @property
     def round(self) -> int:

@@ -14,7 +14,7 @@ from backends.weight_gradients import deferred
 from parallel import topology
 from parallel.clock import Clock
 from parallel.config import ParallelConfig
-from parallel.dispatch import AllToAllDispatcher
+from parallel.dispatch import AllToAllDispatcher, Exchange
 from parallel.engine import Engine, ParameterGroup
 from tests.distributed.ranks import report
 
@@ -133,7 +133,9 @@ def dispatch(place: topology.Topology) -> dict[str, float]:
     from trainer.model.moe import LocalDispatcher
 
     first = place.ep.rank * 4
-    far = run(AllToAllDispatcher(place.ep, experts, ops, True, Clock(x.device)), weight[first : first + 4])
+    far = run(
+        AllToAllDispatcher(Exchange(place.ep, place.ep, Clock(x.device)), experts, ops, True), weight[first : first + 4]
+    )
     near = run(LocalDispatcher(experts, ops, True), weight)
     everyones = near[3].contiguous()
     dist.all_reduce(everyones)  # the owner of an expert sees the tokens of both ranks
