@@ -69,14 +69,15 @@ class Pipeline:
         self._stages = [Stage(model, part, number, stages, hidden, axis.group, clock) for number, part in held]
         kind = get_schedule_class(SCHEDULES[schedule].torch_name)
         single = issubclass(kind, PipelineScheduleSingle)
-        self._schedule = kind(
+        made: Any = kind(
             self._stages[0] if single else self._stages,
             n_microbatches=micro_batches,
             loss_fn=lambda loss, _: loss,  # the last part computes it
             scale_grads=False,
         )
         if SCHEDULES[schedule].overlaps:
-            overlap(self._schedule)
+            overlap(made)
+        self._schedule = made
 
     @property
     def round(self) -> int:
