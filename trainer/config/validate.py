@@ -153,6 +153,7 @@ def _check_ranges(config: Config, where: str) -> None:
         "checkpoint.every": natural,
         "checkpoint.keep": natural,
         "metrics.peak_tflops": natural,
+        "metrics.trace_step": natural,
     }
     for key, (holds, remedy) in rules.items():
         value: float = config  # type: ignore[assignment]
