@@ -31,7 +31,7 @@ def test_a_plan(capfd: pytest.CaptureFixture[str]) -> None:
     assert out == (
         "1f1b, 2 ranks, 2 micro-batches\n\n"
         "rank 0  F0 F1 ......B0--- ...B1---\n"
-        "rank 1  ...F0 B0--- F1 B1--- .........\n\n"
+        "rank 1  ...F0 B0--- F1 B1--- ......\n\n"
         "F forward   B backward   . idle\n\n"
         "           bubble  step\n"
         "in theory   33.3%     9\n"
