@@ -34,7 +34,7 @@ def run(command: Callable[[], int], debug: bool) -> int:
             raise
         if debug:
             traceback.print_exc()
-        complain(str(error), every_rank=debug)
+        complain(str(error), every_rank=debug or error.unheard)
         return USER_ERROR
 
 

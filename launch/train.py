@@ -19,19 +19,21 @@ def main(argv: list[str]) -> int:
 
 
 def _train(path: str, overrides: list[str], resume: bool, sample: bool) -> int:
+    from parallel.agreement import together
+    from parallel.topology import stop
     from trainer.config.load import load_config
 
-    config = load_config(path, overrides)
+    with together():
+        config = load_config(path, overrides)
 
-    from parallel.topology import stop
-    from trainer.loop import Loop
-    from trainer.setup import prepare
+        from trainer.loop import Loop
+        from trainer.setup import prepare
 
-    try:
-        prepared = prepare(config, path, resume)
-        finished = Loop(prepared).train()
-    finally:
-        stop()
+        try:
+            prepared = prepare(config, path, resume)
+            finished = Loop(prepared).train()
+        finally:
+            stop()
     if finished and prepared.topology.is_main:
         if sample:
             _sample(str(prepared.run_dir), config.backend)

@@ -1,1 +1,1 @@
-"""Pipeline parallelism: schedules, their timelines, and the overlap of forward and backward."""
+"""Pipeline parallelism: a model's layers in stages on several ranks, micro-batches flowing through them."""

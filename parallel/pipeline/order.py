@@ -20,6 +20,7 @@ class Schedule:
     chunks: int | None  # per rank; None is any number
     v_shaped: bool  # rank r holds stage r and, on the way back, 2 * pp - 1 - r; otherwise r, r + pp, r + 2 * pp, ...
     splits_backward: bool  # input and weight gradients are separate actions somewhere
+    overlaps: bool = False  # some forwards and backwards come as pairs that may run at once
 
 
 SCHEDULES = {
@@ -28,7 +29,7 @@ SCHEDULES = {
     "interleaved": Schedule("Interleaved1F1B", None, False, False),
     "interleaved-zero-bubble": Schedule("InterleavedZeroBubble", None, False, True),
     "zbv": Schedule("ZBVZeroBubble", 2, True, True),
-    "dualpipev": Schedule("DualPipeV", 2, True, True),
+    "dualpipev": Schedule("DualPipeV", 2, True, True, overlaps=True),
 }
 
 

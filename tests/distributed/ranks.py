@@ -35,17 +35,34 @@ def run_ranks(world: int, module: str, *arguments: str, timeout: float = 240) ->
     killed with everything they started.
     """
     with tempfile.TemporaryDirectory() as folder:
+        ended = end_of_ranks(world, module, *arguments, timeout=timeout, results=folder)
+        codes = [code for code, _ in ended]
+        if any(codes):
+            # Others fail because one left: it is the one whose log does not complain of another.
+            failed = [rank for rank, code in enumerate(codes) if code]
+            blamed = min(failed, key=lambda rank: ("closed by peer" in ended[rank][1], codes[rank] == TIMED_OUT))
+            raise AssertionError(f"rank {blamed} of exit codes {codes}:\n{ended[blamed][1][-6000:]}")
+        return [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(world)]
+
+
+def end_of_ranks(
+    world: int, module: str, *arguments: str, timeout: float = 240, grace: float = 2, results: str = os.devnull
+) -> list[tuple[int, str]]:
+    """Exit code and output of every rank of ``python -m module *arguments``; none is left when this returns.
+
+    Ranks have ``grace`` seconds to say what they saw when another has failed. $RESULT is a file in ``results``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
         port = str(free_port())
         processes = []
         for rank in range(world):
-            result = f"{folder}/{rank}.json"
             where = environment(
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
                 WORLD_SIZE=str(world),
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port,
-                RESULT=result,
+                RESULT=f"{results}/{rank}.json",
             )
             with open(f"{folder}/{rank}.log", "wb") as log:
                 processes.append(
@@ -59,24 +76,19 @@ def run_ranks(world: int, module: str, *arguments: str, timeout: float = 240) ->
                     )
                 )
         try:
-            codes = _wait(processes, timeout)
+            codes = _wait(processes, timeout, grace)
         finally:
             for process in processes:
                 stop(process)
-        if any(codes):
-            # Others fail because one left: it is the one whose log does not complain of another.
-            logs = {rank: Path(f"{folder}/{rank}.log").read_text() for rank, code in enumerate(codes) if code}
-            blamed = min(logs, key=lambda rank: ("closed by peer" in logs[rank], codes[rank] == TIMED_OUT))
-            raise AssertionError(f"rank {blamed} of exit codes {codes}:\n{logs[blamed][-6000:]}")
-        return [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(world)]
+        return [(code, Path(f"{folder}/{rank}.log").read_text()) for rank, code in enumerate(codes)]
 
 
-def _wait(processes: list[subprocess.Popen], timeout: float) -> list[int]:
+def _wait(processes: list[subprocess.Popen], timeout: float, grace: float) -> list[int]:
     """Exit codes; returns soon after a rank has failed, as the others may wait for it for ever."""
     end = time.monotonic() + timeout
     while time.monotonic() < end and any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
-            end = min(end, time.monotonic() + 2)  # let the others say what they saw
+            end = min(end, time.monotonic() + grace)
         time.sleep(0.05)
     return [TIMED_OUT if process.poll() is None else process.returncode for process in processes]
 

@@ -1,16 +1,14 @@
 """Every data- and expert-parallel layout trains the model that one process trains, and checkpoints move between."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
+from tests.distributed.comparison import difference, records, tensors
 from tests.distributed.ranks import run_ranks
 from tests.small import write_inputs
-from trainer import checkpoint
 
 # fp32, summed in another order by every layout: a few ulps a step, which AdamW's division by sqrt(v) magnifies for
 # elements whose gradient is near 0. The mission's bound; the runs below measure about 1e-6.
@@ -54,28 +52,6 @@ def train_all(folder: Path, ranks: int, layouts: list[tuple[str, int, str]]) -> 
         assert outcome == ["done"] * len(lines)
 
 
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint, whole."""
-    newest = checkpoint.newest(run)
-    assert newest is not None
-    nested = _load_state_dict_from_keys(checkpoint_id=newest)
-    flat: dict[str, torch.Tensor] = {}
-
-    def walk(value: dict, prefix: str) -> None:
-        for key, entry in value.items():
-            if isinstance(entry, dict):
-                walk(entry, f"{prefix}{key}.")
-            else:
-                flat[prefix + key] = entry
-
-    walk(nested, "")
-    return flat
-
-
 @pytest.mark.parametrize("name", [name for name, *_ in LAYOUTS if name != "one"])
 def test_a_layout_trains_the_same_model(runs: Path, name: str) -> None:
     assert_same_model(runs, name)
@@ -90,22 +66,8 @@ def test_eight_ranks_train_the_same_model(runs: Path) -> None:
 
 
 def assert_same_model(runs: Path, name: str) -> None:
-    """Losses, norms, expert loads and the final state of a run against one process."""
-    expected, found = records(runs / "one"), records(runs / name)
-    assert len(expected) == len(found) == STEPS + 2  # and two evaluations
-    for one, other in zip(expected, found, strict=True):
-        for key in ("loss", "lm_loss", "mtp_loss", "aux_loss", "z_loss", "grad_norm", "validation_loss"):
-            if key in one:
-                assert other[key] == pytest.approx(one[key], rel=BOUND), (one["step"], key)
-        assert one.get("expert_load") == other.get("expert_load"), one["step"]  # integer counts: exactly equal
-    before, after = tensors(runs / "one"), tensors(runs / name)
-    for key, value in before.items():
-        if key.startswith("buffer."):
-            assert torch.equal(value, after[key]), key  # expert bias: whole steps of the same size
-        elif not key.startswith("rng."):
-            # Near-zero elements have no relative accuracy of their own; the tensor has.
-            error = (value - after[key]).norm() / value.norm()
-            assert error < 10 * BOUND if key.startswith("exp_avg") else error < BOUND, key
+    found = difference(runs / "one", runs / name, STEPS)
+    assert found.within(BOUND), found
 
 
 def test_clipping_was_active(runs: Path) -> None:

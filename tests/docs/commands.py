@@ -71,9 +71,13 @@ NOT_HERE = {
     "tests/benchmarks runs the script on a model of no size",
     "python benchmarks/step.py --config configs/bench/dsv3.yaml --peer transformers --precision bf16": "minutes",
     "tensorboard --logdir runs": "a server that runs until it is stopped",
-    f"deepspeed --hostfile hosts {_BIG}": "two machines",
+    f"deepspeed --hostfile hosts {_BIG}": "two machines; tests/distributed/test_hosts.py makes two",
     "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr first --master-port 29500 "
     f"{_BIG}": "two machines",
+    f"sbatch docs/launching/slurm.sh {_BIG.partition(' ')[2]}": "a Slurm cluster; test_launching.py runs the script",
+    "kubectl apply -f docs/launching/kubernetes.yaml": "a Kubernetes cluster; test_launching.py reads the manifest",
+    f"bash docs/launching/ascend.sh 2 0 first {_BIG.partition(' ')[2]}": "two Ascend nodes; test_launching.py runs the "
+    "script with stand-ins",
 }
 
 # Ranks that a launcher's words start; the documents' hosts file has two machines with eight slots each.
@@ -82,6 +86,8 @@ RANKS = {
     "torchrun --nproc-per-node 2": 2,
     "deepspeed --hostfile hosts": 16,
     "torchrun --nnodes 2": 16,
+    "sbatch": 16,
+    "bash docs/launching/ascend.sh 2": 16,
 }
 
 # Files in backticks that a run makes or a user has, so that the checkout does not hold them.
@@ -100,4 +106,4 @@ NOT_IN_THE_CHECKOUT = {
 }
 
 # Flags of the launchers.
-OTHER_FLAGS = {"--node-rank"}
+OTHER_FLAGS = {"--node-rank", "--master", "--master-port"}
