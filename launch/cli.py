@@ -14,6 +14,7 @@ COMMANDS = {
     "info": "show versions, devices and what each backend can do here",
     "params": "count the parameters of a config's model by part",
     "plot": "draw the loss curve of a run",
+    "pipeline": "draw the timeline of a pipeline schedule",
 }
 
 

@@ -27,13 +27,22 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Durations:
-    """How long one stage takes for one micro-batch."""
+    """How long one stage takes for one micro-batch.
+
+    Raises:
+        ValueError: one of them is no time.
+    """
 
     forward: float = 1.0
     input: float = 1.0
     weight: float = 1.0
     backward: float | None = None  # input and weight gradients in one; None is their sum
     communication: float = 0.0  # from a stage to the next one when that is on another rank; the sender does not wait
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} cannot take {value:g}; use a number of 0 or more")
 
     def of(self, kind: str) -> float:
         """How long an action of this kind takes."""
@@ -58,6 +67,11 @@ class Timeline:
     def busy(self) -> list[float]:
         """How long each rank does something; two actions at once count once."""
         return [covered(spans) for spans in self.ranks]
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a rank ever does two things at once."""
+        return any(sum(span.end - span.start for span in spans) > _covered(spans) * (1 + 1e-6) for spans in self.ranks)
 
     @property
     def bubble(self) -> float:

@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from backends.errors import UserError
-from parallel.pipeline.order import layout
+from parallel.pipeline.order import check, layout
 from parallel.pipeline.timeline import Durations, Span, Timeline
 
 FOLDER = "pipeline"
@@ -137,6 +137,7 @@ def _header(line: dict[str, Any], rank: int) -> tuple[Header, list[int]]:
     """The header and the rank's stages."""
     stages = line["layout"]
     header = Header(line["schedule"], line["pp"], line["microbatches"], len(stages[0]), line["step"])
+    check(header.schedule, header.pp, header.micro_batches, header.chunks)
     if stages != layout(header.schedule, header.pp, header.chunks) or line["rank"] != rank:
         raise ValueError
     return header, stages[rank]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import UserError
+from trainer.metrics.figure import new_figure, save
 from trainer.metrics.jsonl import FILE_NAME, read
 
 Point = tuple[int, float]
@@ -16,12 +17,8 @@ def plot_losses(run_dir: str, out: str, title: str = "") -> None:
     Raises:
         UserError: matplotlib is not installed, the run has no metrics yet, or ``out`` cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure  # without pyplot: needs no display and keeps no state
-    except ImportError:
-        raise UserError("plot: matplotlib is not installed; `pip install matplotlib`") from None
     train, validation, bigram = curves(run_dir)
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     if train:
         axes.plot(*zip(*train, strict=True), color="#9db8d9", linewidth=0.9, label="training")
@@ -36,10 +33,7 @@ def plot_losses(run_dir: str, out: str, title: str = "") -> None:
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.margins(x=0.01)
     axes.legend(frameon=False)
-    try:
-        figure.savefig(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out {out}: {error}; give a writable .png, .svg or .pdf file") from None
+    save(figure, out)
 
 
 def curves(run_dir: str) -> tuple[list[Point], list[Point], float | None]:
