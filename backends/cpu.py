@@ -18,7 +18,7 @@ class CpuOperations(Operations):
     """Every operation on CPU tensors."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-        return matmul.linear(x, weight, bias)
+        return matmul.linear(x, weight, bias, matmul.computing_dtype(x.dtype))
 
     def grouped_mm(self, x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
         return matmul.grouped_mm(x_TI, weight_EOI, counts_E)

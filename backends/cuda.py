@@ -3,27 +3,29 @@
 Shape suffixes as in ``backends/operations.py``.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from backends import peak
 from backends.base import DTYPES, Backend, MemoryStats, Slot
 from backends.cpu import CpuOperations
+from backends.functions import matmul
 from backends.functions.rows import accumulation_dtype
+from backends.weight_gradients import accumulate, deliver
 
 
 class CudaOperations(CpuOperations):
     """Where torch has a fused operator it is used; the rest is the CPU's definition, which runs on any device."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-        return F.linear(x, weight, bias)
+        return matmul.linear(x, weight, bias, x.dtype)
 
     def grouped_mm(self, x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-        offsets = counts_E.cumsum(0).to(torch.int32)
-        return _PackedGradient.apply(F.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=offsets))
+        return _GroupedMM.apply(x_TI, weight_EOI, counts_E.cumsum(0).to(torch.int32))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype == weight.dtype:
@@ -57,16 +59,30 @@ def _document_mask(documents_BS: Tensor) -> Tensor:
     return (same & torch.ones(S, S, dtype=torch.bool, device=same.device).tril()).unsqueeze(1)
 
 
-class _PackedGradient(torch.autograd.Function):
-    """Identity whose gradient is contiguous: the backward of F.grouped_mm refuses expanded gradients."""
+class _GroupedMM(torch.autograd.Function):
+    """``F.grouped_mm`` whose weight gradient goes where :func:`deliver` brings it. ``ends_E`` is int32."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(ctx: Any, x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TI, weight_EOI, ends_E)
+        ctx.weight = weight_EOI
+        return F.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=ends_E)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
+        x_TI, weight_EOI, ends_E = ctx.saved_tensors
+        grad_TO = grad_TO.contiguous()  # it refuses expanded gradients
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = F.grouped_mm(grad_TO, weight_EOI, offs=ends_E)
+        if ctx.needs_input_grad[1]:
+
+            def write(out_EOI: Tensor, beta: int) -> None:
+                accumulate(out_EOI, F.grouped_mm(grad_TO.T, x_TI, offs=ends_E), beta)
+
+            grad_weight = deliver(ctx.weight, write)
+        return grad_x, grad_weight, None
 
 
 def cuda_problem() -> tuple[str, str] | None:

@@ -1,13 +1,40 @@
 """How the ranks are laid out, as the config says it."""
 
 from dataclasses import dataclass, field
+from typing import Any
+
+from parallel.pipeline.order import SCHEDULES, default_chunks
+
+
+def _key(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"help": help, "choices": choices}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class ParallelConfig:
     """Sizes of the mesh axes that a user chooses; data parallelism is what is left of the world size."""
 
-    expert: int = field(
-        default=1,
-        metadata={"help": "expert-parallel ranks: each holds that share of every MoE layer's experts"},
+    pipeline: int = _key(1, "pipeline-parallel ranks: each holds some of the layers")
+    expert: int = _key(1, "expert-parallel ranks: each holds that share of every MoE layer's experts")
+    schedule: str = _key(
+        "1f1b",
+        "order of the micro-batches in the pipeline: gpipe, 1f1b, interleaved, interleaved-zero-bubble, zbv, dualpipev",
+        choices=("gpipe", "1f1b", "interleaved", "interleaved-zero-bubble", "zbv", "dualpipev"),
     )
+    stages_per_rank: int = _key(
+        0, "pipeline stages on each rank; 0: what the schedule needs (1 for gpipe and 1f1b, 2 for the others)"
+    )
+    layers_per_stage: list[int] = _key(list, "layers of each pipeline stage; empty: balanced by estimated cost")
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a rank runs a forward and a backward at once."""
+        return self.pipeline > 1 and SCHEDULES[self.schedule].overlaps
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages on all ranks."""
+        return self.pipeline * (self.stages_per_rank or default_chunks(self.schedule))

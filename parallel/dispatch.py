@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backends.operations import ExpertOrder, Operations
+from parallel.clock import Clock
 from parallel.topology import Axis
 
 
@@ -35,25 +36,50 @@ class MoELayer(Protocol):
     dropping: bool
 
 
+class Exchange:
+    """All-to-all over the expert-parallel ranks.
+
+    Args:
+        forward, backward: the same ranks; two groups where a forward and a backward may run at once.
+        clock: gets the span ``expert_all_to_all``.
+    """
+
+    def __init__(self, forward: Axis, backward: Axis, clock: Clock) -> None:
+        self.axis, self._backward, self.clock = forward, backward, clock
+
+    def _group(self) -> dist.ProcessGroup:
+        """Recomputation runs the forward inside a backward pass: autograd is asked, not the caller."""
+        in_backward = torch._C._current_graph_task_id() != -1
+        return (self._backward if in_backward else self.axis).group
+
+    def __call__(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Row counts to and from each rank; the rows that arrived, by source rank."""
+        arrived = rows.new_empty(sum(receive), *rows.shape[1:])
+        with self.clock.span("expert_all_to_all"):
+            dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=self._group())
+        return arrived
+
+    def counts(self, going: Tensor) -> Tensor:
+        """One row of ``going`` (ranks, ·) to each rank; what they sent, in the same shape."""
+        coming = torch.empty_like(going)
+        with self.clock.span("expert_all_to_all"):
+            dist.all_to_all_single(coming, going, group=self._group())
+        return coming
+
+
 class _AllToAll(torch.autograd.Function):
     """Rows to and from every rank of a group; the gradient takes the same way back."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+        ctx, rows: Tensor, send: list[int], receive: list[int], exchange: Exchange
     ) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(rows, send, receive, group)
+        ctx.send, ctx.receive, ctx.exchange = send, receive, exchange
+        return exchange(rows, send, receive)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
-        return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
-
-
-def _exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    arrived = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=group)
-    return arrived
+        return ctx.exchange(grad, ctx.receive, ctx.send), None, None, None
 
 
 @dataclass(frozen=True)
@@ -74,18 +100,18 @@ class AllToAllDispatcher:
     so that every local expert sees one contiguous run.
     """
 
-    def __init__(self, axis: Axis, num_experts: int, ops: Operations, dropping: bool) -> None:
-        self.axis, self.num_experts, self.ops, self.dropping = axis, num_experts, ops, dropping
+    def __init__(self, exchange: Exchange, num_experts: int, ops: Operations, dropping: bool) -> None:
+        self.exchange, self.num_experts, self.ops, self.dropping = exchange, num_experts, ops, dropping
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, _Journey]:
         """Rows (Q, H) sorted by local expert, tokens per local expert (L,), and the way back."""
         order = self.ops.sort_by_expert(experts_TK, self.num_experts, self.dropping)
-        going = order.counts_E.view(self.axis.size, -1)
-        coming = torch.empty_like(going)
-        dist.all_to_all_single(coming, going, group=self.axis.group)
+        ranks = self.exchange.axis.size
+        going = order.counts_E.view(ranks, -1)
+        coming = self.exchange.counts(going)
         send, receive = torch.stack([going.sum(1), coming.sum(1)]).tolist()
-        rows_QH = _AllToAll.apply(self.ops.permute(x_TH, order), send, receive, self.axis.group)
-        local = torch.arange(coming.shape[1], device=coming.device).repeat(self.axis.size)
+        rows_QH = _AllToAll.apply(self.ops.permute(x_TH, order), send, receive, self.exchange)
+        local = torch.arange(coming.shape[1], device=coming.device).repeat(ranks)
         expert_Q = local.repeat_interleave(coming.flatten())
         by_expert_Q = expert_Q.argsort(stable=True)
         by_arrival_Q = torch.empty_like(by_expert_Q)
@@ -96,16 +122,17 @@ class AllToAllDispatcher:
     def combine(self, y_QH: Tensor, weights_TK: Tensor, state: _Journey) -> Tensor:
         """Weighted sum (T, H) of each token's K results."""
         y_QH = self.ops.take_rows(y_QH, state.by_arrival_Q, state.by_expert_Q)
-        y_PH = _AllToAll.apply(y_QH, state.receive, state.send, self.axis.group)
+        y_PH = _AllToAll.apply(y_QH, state.receive, state.send, self.exchange)
         return self.ops.unpermute(y_PH, state.order, weights_TK)
 
 
-def shard_experts(layers: Iterable[MoELayer], axis: Axis, ops: Operations) -> None:
+def shard_experts(layers: Iterable[MoELayer], exchange: Exchange, ops: Operations) -> None:
     """Give this rank its share of every layer's experts and let tokens travel; nothing to do on one rank."""
+    axis = exchange.axis
     if axis.size == 1:
         return
     for layer in layers:
         total = layer.experts.total
         assert total % axis.size == 0, "validate_layout of the config comes first"
         layer.experts.shard(axis.rank * (total // axis.size), total // axis.size)
-        layer.dispatcher = AllToAllDispatcher(axis, total, ops, layer.dropping)
+        layer.dispatcher = AllToAllDispatcher(exchange, total, ops, layer.dropping)

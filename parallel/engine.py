@@ -4,11 +4,12 @@ DeepSpeed gives ZeRO-1: parameters of a group lie in one flat buffer, each data-
 it with fp32 master weights and AdamW moments, clips, steps its part, and all parts are gathered again. Experts are
 a group of their own whose replicas are the ``edp`` ranks.
 
-Gradients do not take DeepSpeed's own path. They are folded, micro-batch by micro-batch, into one flat fp32 buffer
-per group that mirrors the parameters, which is reduce-scattered once per step straight into the part that the
-optimizer reads. That path has no bf16 rounding at the reduction, does not depend on which hooks ran (split-backward
-pipeline schedules set ``.grad`` without any), allocates nothing per step, and costs one pass over the gradients
-where DeepSpeed's bucket, partition, norm and flatten copies cost about eight (docs/benchmarks.md has the numbers).
+Gradients do not take DeepSpeed's own path. They are added up, micro-batch by micro-batch, in one flat fp32 buffer per
+group that mirrors the parameters, which is reduce-scattered once per step straight into the part that the optimizer
+reads. Matrix multiplies write their weight gradients there themselves, at once or later (backends/weight_gradients.py);
+all others are folded in by a hook. That path has no bf16 rounding, does not depend on which hooks ran, allocates
+nothing per step, and costs no pass over most gradients where DeepSpeed's bucket, partition, norm and flatten copies
+cost about eight (docs/benchmarks.md has the numbers).
 
 Convention: every loss is divided by the size of the *global* batch before backward, so gradients are summed over
 ranks and micro-batches, never averaged.
@@ -28,6 +29,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from backends.base import Backend
+from backends.weight_gradients import GradientSlot
+from parallel.pipeline.shared import SharedWeight
 from parallel.topology import Axis, Topology
 
 EXPERTS = "experts"  # DeepSpeed's name for our one expert-parallel group
@@ -90,6 +93,7 @@ class Engine:
         make_optimizer: builds the torch optimizer from parameter-group dicts; a fused one, because DeepSpeed's
             own unfused AdamW takes longer than the rest of its step.
         clip_norm: largest global gradient norm; 0 never clips.
+        shared: a weight of another pipeline stage too; where it is a copy it is in none of the groups.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Engine:
         topology: Topology,
         backend: Backend,
         clip_norm: float = 0.0,
+        shared: SharedWeight | None = None,
     ) -> None:
         self.topology, self.groups = topology, [group for group in groups if group.parameters]
         low_precision = next(module.parameters()).dtype == torch.bfloat16
@@ -109,41 +114,41 @@ class Engine:
             deepspeed, module, self.groups, make_optimizer, topology, _ds_config(clip_norm, low_precision)
         )
         self.zero = self._deepspeed.optimizer
-        self._unfilled: set[nn.Parameter] = set()
-        self._views: dict[nn.Parameter, Tensor] = {}
+        self._slots: dict[nn.Parameter, GradientSlot] = {}
         self._flats: list[Tensor] = []
         for index, group in enumerate(self.groups):
             flat = torch.zeros_like(self.zero.bit16_groups_flat[index], dtype=torch.float32)
             self._flats.append(flat)
             for parameter, offset in zip(group.parameters, self.zero.round_robin_bit16_offsets[index], strict=True):
-                self._views[parameter] = flat[offset : offset + parameter.numel()].view_as(parameter)
-                parameter.register_post_accumulate_grad_hook(self._fold)
-        self._unfilled.update(self._views)
+                self._attach(parameter, flat[offset : offset + parameter.numel()].view_as(parameter))
+        self.shared = shared
+        if shared is not None and not shared.owned:
+            self._attach(shared.weight, torch.zeros_like(shared.weight, dtype=torch.float32))
+
+    def _attach(self, parameter: nn.Parameter, place: Tensor) -> None:
+        slot = GradientSlot(place)
+        self._slots[parameter] = parameter.gradient_slot = slot  # type: ignore[attr-defined]
+        parameter.register_post_accumulate_grad_hook(self._fold)
 
     def _fold(self, parameter: nn.Parameter) -> None:
-        """Move a fresh ``.grad`` into the flat buffer, in fp32."""
-        grad = parameter.grad
-        if grad is None:
-            return
-        if parameter in self._unfilled:
-            self._unfilled.discard(parameter)
-            self._views[parameter].copy_(grad)
-        else:
-            self._views[parameter].add_(grad)
-        parameter.grad = None
+        """Move a fresh ``.grad`` into the flat buffer, if there is one: multiplies put theirs there themselves."""
+        if parameter.grad is not None:
+            self._slots[parameter].add(parameter.grad)
+            parameter.grad = None
 
     def flush(self) -> None:
-        """Fold gradients that were set without autograd's hooks: after a split backward's weight pass."""
-        for parameter in self._views:
+        """Fold gradients that were set without autograd's hooks."""
+        for parameter in self._slots:
             self._fold(parameter)
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Sum the gradients of all micro-batches over the replicas, into the part that this rank steps."""
         self.flush()
-        for parameter in self._unfilled:
-            self._views[parameter].zero_()  # took no part in this step
-        self._unfilled.update(self._views)
+        for slot in self._slots.values():
+            slot.close()
+        if self.shared is not None:
+            self.shared.collect(self._slots[self.shared.weight].view)
         for index, group in enumerate(self.groups):
             axis = self._replicas(group)
             parts = self._flats[index].chunk(axis.size)
@@ -160,6 +165,8 @@ class Engine:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self._deepspeed.step()
+        if self.shared is not None:
+            self.shared.refresh()
         return float(self.zero.norm)
 
     def _replicas(self, group: ParameterGroup) -> Axis:
@@ -204,6 +211,8 @@ class Engine:
         for master in self.zero.single_partition_of_fp32_groups:
             self.zero.optimizer.state[master]["step"].fill_(steps)
         self.zero.update_lp_params()
+        if self.shared is not None:
+            self.shared.refresh()
 
 
 def _ds_config(clip_norm: float, low_precision: bool) -> dict[str, Any]:

@@ -37,7 +37,9 @@ class Topology:
     pp: Axis
     edp: Axis  # replicas of the same experts
     ep: Axis  # ranks that share out the experts of one layer
+    ep_backward: Axis  # the same ranks, to talk to in a backward pass; a group of its own where passes overlap
     dp: Axis  # replicas of everything else: edp × ep
+    world: Axis
 
     @property
     def is_main(self) -> bool:
@@ -58,7 +60,7 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
     The world size must factor into the configured axes.
     """
     world = world_size_from_environment()
-    assert config.expert >= 1 and world % config.expert == 0, "validate_layout of the config comes first"
+    assert world % (config.pipeline * config.expert) == 0, "validate_layout of the config comes first"
     if not dist.is_initialized():
         # Checkpoints and metadata travel on the CPU even where tensors travel by NCCL or HCCL.
         name = (
@@ -69,10 +71,7 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
             dist.init_process_group(name)
         else:
             dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)
-    # Every rank has passed its checks, of the run directory too, before any goes on to write. Meeting for the first
-    # time sees to that; a second run in the same processes needs this.
-    dist.barrier()
-    shape = (1, world // config.expert, config.expert)
+    shape = (config.pipeline, world // (config.pipeline * config.expert), config.expert)
     mesh = init_device_mesh(backend.device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
     flat = mesh["edp", "ep"]._flatten("dp") if world > 1 else None
 
@@ -80,7 +79,16 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
         part = flat if name == "dp" and flat is not None else mesh["ep" if name == "dp" else name]
         return Axis(part.get_group(), part.get_local_rank(), part.size())
 
-    return Topology(mesh, dist.get_rank(), world, axis("pp"), axis("edp"), axis("ep"), axis("dp"))
+    assert dist.group.WORLD is not None
+    everyone = Axis(dist.group.WORLD, dist.get_rank(), world)
+    ep, dp = axis("ep"), axis("dp")
+    backward = ep
+    if config.overlaps and ep.size > 1:
+        # Two threads cannot keep to one order of calls on one group.
+        own, _ = dist.new_subgroups_by_enumeration(mesh.mesh.view(-1, ep.size).tolist())
+        assert own is not None
+        backward = Axis(own, ep.rank, ep.size)
+    return Topology(mesh, dist.get_rank(), world, axis("pp"), axis("edp"), ep, backward, dp, everyone)
 
 
 def stop() -> None:

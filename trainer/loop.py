@@ -5,11 +5,6 @@ updates. Every loss is a sum divided by a count over the *global* batch, so rank
 """
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,27 +19,12 @@ from trainer.interrupt import StopRequest
 from trainer.metrics.expert_load import expert_load
 from trainer.metrics.meter import Meter
 from trainer.metrics.recorder import Recorder
-from trainer.model import Share
+from trainer.model import MicroBatch, Share
 from trainer.model.count import flops_per_token
 from trainer.optimizer import learning_rate
 from trainer.setup import Run
 
 _REFUSALS = 5  # steps in a row without a finite gradient before the run gives up
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent in each part of a step."""
-
-    synchronize: Any
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def time(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.synchronize()
-        self.seconds[part] = time.perf_counter() - began
 
 
 class Loop:
@@ -102,20 +82,17 @@ class Loop:
 
     def _step(self) -> bool:
         """One optimizer step; returns whether some rank wants to stop."""
-        run, config = self.run, self.config
-        watch = Stopwatch(run.backend.synchronize)
-        with watch.time("data"):
+        run, config, clock = self.run, self.config, self.run.pipeline.clock
+        clock.take()
+        with clock.span("data"):
             batch = run.training.read(self.sequences, self.mine)
             tokens = sum_over(run.topology.dp, (batch.labels_BS != IGNORED).sum().to(run.backend.device))
-            share = Share(tokens=float(tokens), sequences=float(self.sequences))
-            batch = batch.to(run.backend.device)
-        with watch.time("forward_backward"):
-            for micro in batch.split(config.train.micro_batch_size):
-                self._loss(micro, share).backward()
-        with watch.time("reduce"):
+            micros = self._micro_batches(batch, Share(tokens=float(tokens), sequences=float(self.sequences)))
+        run.pipeline.train(micros)
+        with clock.span("reduce"):
             run.engine.reduce()
         lr = learning_rate(config.schedule, config.optimizer.lr, run.step + 1, config.train.steps)
-        with watch.time("optimizer"):
+        with clock.span("optimizer"):
             norm = run.engine.step(lr)
         losses, counts, stop = self._gather()
         self._refuse_nonsense(norm)
@@ -127,6 +104,9 @@ class Loop:
         trained = self.sequences * config.data.sequence_length
         run.tokens += trained
         self.meter.step(trained)
+        times, actions = clock.take()
+        if actions:
+            times["pipeline_wait"] = times["forward_backward"] - sum(action.end - action.start for action in actions)
         if run.step % config.train.log_every == 0 or run.step == config.train.steps:
             self.recorder.step(
                 {
@@ -137,31 +117,40 @@ class Loop:
                     "tokens": run.tokens,
                     **self.meter.rates(config.train.steps - run.step),
                     "memory_gib": run.backend.memory().peak / 2**30,
-                    "times": watch.seconds,
+                    "times": times,
                     "expert_load": expert_load(counts),
                 }
             )
         return stop
 
-    def _loss(self, batch: Batch, share: Share) -> Tensor:
-        documents = batch.documents_BS if self.config.data.reset_at_documents else None
-        return self.run.model(batch.tokens_BS, batch.positions_BS, documents, batch.labels_BS, share)
+    def _micro_batches(self, batch: Batch, share: Share) -> list[MicroBatch]:
+        parts = batch.to(self.run.backend.device).split(self.config.train.micro_batch_size)
+        reset = self.config.data.reset_at_documents
+        return [
+            MicroBatch(part.tokens_BS, part.positions_BS, part.documents_BS if reset else None, part.labels_BS, share)
+            for part in parts
+        ]
 
     def _gather(self) -> tuple[dict[str, float], dict[str, Tensor], bool]:
-        """Losses and tokens per expert of the global batch, and whether any rank wants to stop: two reductions."""
-        run = self.run
+        """Losses and tokens per expert of the global batch, and whether any rank wants to stop: two reductions.
+
+        A pipeline stage has some of the losses and layers: the others are zeros there, so that all ranks agree.
+        """
+        run, device = self.run, self.run.backend.device
         sums, counts = run.model.meters.take()
-        names = list(sums)
-        device = run.backend.device
-        wants = torch.tensor(float(self.stop.wanted), device=device)
-        values = sum_over(run.topology.dp, torch.stack([*sums.values(), wants])).tolist()
-        losses = dict(zip(names, values, strict=False))
+        names = self.config.model.loss_names()
+        zero = torch.zeros((), device=device)
+        values = torch.stack([*(sums.get(name, zero) for name in names), zero + float(self.stop.wanted)])
+        *found, wants = sum_over(run.topology.world, values).tolist()
+        losses = dict(zip(names, found, strict=True))
         weights = {"mtp_loss": self.config.model.mtp_loss}
         total = {"loss": sum(weights.get(name, 1.0) * value for name, value in losses.items())}
-        if counts:
-            together = sum_over(run.topology.dp, torch.stack(list(counts.values())))
-            counts = dict(zip(counts, together, strict=True))
-        return {**total, **losses}, counts, values[-1] > 0
+        layers = self.config.model.moe_names()
+        if layers:
+            idle = torch.zeros(self.config.model.moe.num_experts, dtype=torch.int64, device=device)
+            together = torch.stack([counts.get(name, idle) for name in layers])
+            counts = dict(zip(layers, sum_over(run.topology.world, together), strict=True))
+        return {**total, **losses}, counts, wants > 0
 
     def _refuse_nonsense(self, norm: float) -> None:
         self.refusals = 0 if math.isfinite(norm) else self.refusals + 1
@@ -171,25 +160,26 @@ class Loop:
                 f"(step {self.run.step + 1}); lower it, or resume from the checkpoint of step {self.saved_at}"
             )
 
-    @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss per token on the held-out sequences (``train.eval_sequences`` of them), over all ranks."""
-        run, micro = self.run, self.config.train.micro_batch_size
-        dp = run.topology.dp
+        run, dp = self.run, self.run.topology.dp
+        mine = run.pipeline.round * self.config.train.micro_batch_size  # sequences of this rank in one round
         run.model.eval()
         run.validation.restart()
         total = torch.zeros(2, dtype=torch.float64)
         left = self.config.train.eval_sequences or math.inf
         while left > 0:
-            count = int(min(dp.size * micro, left))
-            first = min(dp.rank * micro, count)
-            batch = run.validation.read(count, range(first, min(first + micro, count)))
+            count = int(min(dp.size * mine, left))
+            first = min(dp.rank * mine, count)
+            batch = run.validation.read(count, range(first, min(first + mine, count)))
             # Every rank must run as often as the others, whose experts it holds: pad with sequences that count nothing.
-            here = _padded(batch, micro, self.config.data.sequence_length).to(run.backend.device)
-            self._loss(here, Share(1.0, 1.0))
+            here = _padded(batch, mine, self.config.data.sequence_length)
+            run.pipeline.evaluate(self._micro_batches(here, Share(1.0, 1.0)))
             sums, _ = run.model.meters.take()
-            row = torch.stack([sums["lm_loss"].double().cpu(), (here.labels_BS != IGNORED).sum().double().cpu()])
-            row = sum_over(dp, row.to(run.backend.device)).cpu()
+            loss = sums["lm_loss"].double().cpu() if "lm_loss" in sums else torch.zeros((), dtype=torch.float64)
+            counted = (here.labels_BS != IGNORED).sum() * (run.topology.pp.rank == 0)  # every stage sees the labels
+            row = torch.stack([loss, counted.double()])
+            row = sum_over(run.topology.world, row.to(run.backend.device)).cpu()
             if row[1] == 0:
                 break  # the held-out sequences are exhausted
             total += row

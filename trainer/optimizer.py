@@ -21,6 +21,8 @@ def parameter_groups(model: MoETransformer, weight_decay: float) -> list[Paramet
         ParameterGroup([], [], weight_decay, expert=True),
     ]
     for name, parameter in model.named_parameters():
+        if parameter is model.embedding_copy:
+            continue  # its owner, the first pipeline stage, updates it
         group = groups[2] if id(parameter) in experts else groups[0] if parameter.dim() > 1 else groups[1]
         group.names.append(name)
         group.parameters.append(parameter)

@@ -11,17 +11,17 @@ from backends.base import Backend
 from backends.errors import UserError
 from parallel import topology as topologies
 from parallel.agreement import agree
-from parallel.dispatch import shard_experts
 from parallel.engine import Engine
+from parallel.pipeline.pipeline import Pipeline
 from parallel.topology import Topology
 from trainer import checkpoint
+from trainer.build import build
 from trainer.config.schema import Config
 from trainer.config.validate import validate_layout
 from trainer.data import SequenceReader, Tokenizer, check_vocabulary, load_tokenizer, open_data
 from trainer.facts import common_facts
 from trainer.metrics.charts import check_installed
-from trainer.model import MoETransformer, materialize
-from trainer.optimizer import adamw, parameter_groups
+from trainer.model import MoETransformer
 from trainer.precision import weights_dtype
 
 
@@ -39,6 +39,7 @@ class Run:
     validation: SequenceReader
     model: MoETransformer
     engine: Engine
+    pipeline: Pipeline
     step: int = 0  # steps done
     tokens: int = 0  # tokens trained on
 
@@ -68,31 +69,13 @@ def prepare(config: Config, where: str, resume: bool) -> Run:
     torch.manual_seed(config.seed)
     agree(common_facts(config, backend, training, validation))
     topology = topologies.start(backend, config.parallel)
-    model, engine = build(config, topology, backend)
-    run = Run(config, where, run_dir, backend, topology, tokenizer, training, validation, model, engine)
+    model, engine, pipeline = build(config, topology, backend)
+    run = Run(config, where, run_dir, backend, topology, tokenizer, training, validation, model, engine, pipeline)
     if start_from is not None:
         state = checkpoint.load(start_from, model, engine, config, where)
         run.step, run.tokens = state["step"], state["tokens"]
         training.load_state_dict(state["data"])
     return run
-
-
-def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETransformer, Engine]:
-    """The model with this rank's experts and its initial weights, and the engine around it."""
-    train = config.train
-    dtype = weights_dtype(train.precision)
-    model = MoETransformer(config.model, backend.ops, dtype=dtype, recompute=train.activation_checkpointing == "layer")
-    shard_experts([moe for _, moe in model.moe_layers()], topology.ep, backend.ops)
-    materialize(model, config.seed, backend.device)
-    engine = Engine(
-        model,
-        parameter_groups(model, config.optimizer.weight_decay),
-        adamw(config.optimizer),
-        topology,
-        backend,
-        clip_norm=config.optimizer.clip_norm,
-    )
-    return model, engine
 
 
 def _starting_point(run_dir: Path, resume: bool) -> Path | None:

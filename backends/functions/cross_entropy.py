@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from backends.functions.matmul import product
 from backends.functions.rows import accumulation_dtype
 from backends.operations import IGNORED
+from backends.weight_gradients import accumulate, deliver
 
 _CHUNK_BYTES = 32 * 2**20  # of wide logits: enough rows for the multiply, few enough to stay near the caches
-
-
-def _wide_mm(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """``a @ b`` with its result in ``wide``: narrow operands stay narrow where the device accumulates them so."""
-    if a.device.type == "cuda" and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=wide)
-    return torch.mm(a.to(wide), b.to(wide))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -44,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_CH, labels_C = hidden_TH[rows].to(weight.dtype), labels_T[rows]
             kept_C1 = (labels_C != IGNORED).unsqueeze(1)
             target_C1 = labels_C.clamp(min=0).unsqueeze(1)
-            logits_CV = _wide_mm(hidden_CH, weight.T, wide)
+            logits_CV = product(hidden_CH, weight.T, wide, wide)
             target_logit_C1 = logits_CV.gather(1, target_C1)
             largest_C1 = logits_CV.amax(1, keepdim=True)
             # softmax is one fused pass, and its largest entry is 1 / sum(exp(z - max z)): no second exponential.
@@ -57,27 +52,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_CV = grad_CV.to(weight.dtype)
             # Ignored tokens are masked in the narrow operands and not in all of grad_CV.
             if grad_hidden is not None:
-                torch.mul(_wide_mm(grad_CV, weight, wide), kept_C1, out=grad_hidden[rows])
+                torch.mul(product(grad_CV, weight, wide, wide), kept_C1, out=grad_hidden[rows])
             if grad_weight is not None:
                 hidden_CH = hidden_CH * kept_C1
                 if weight.dtype == wide:
                     grad_weight.addmm_(grad_CV.T, hidden_CH)
                 else:
-                    grad_weight += _wide_mm(grad_CV.T, hidden_CH, wide)
+                    grad_weight += product(grad_CV.T, hidden_CH, wide, wide)
         count = (labels_T != IGNORED).sum()
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = dtype, weight_VH.dtype
+        ctx.dtype, ctx.weight = dtype, weight_VH
         ctx.mark_non_differentiable(count)
         return loss, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_count: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
-        grads = [
-            None if grad is None else torch.mul(grad, grad_loss).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return grads[0], grads[1], None
+        hidden, weight = ctx.saved_tensors
+        grad_hidden = grad_weight = None
+        if hidden is not None:
+            grad_hidden = torch.mul(hidden, grad_loss).to(ctx.dtype)
+        if weight is not None:
+
+            def write(out_VH: Tensor, beta: int) -> None:
+                if out_VH.dtype == weight.dtype and not beta:
+                    torch.mul(weight, grad_loss, out=out_VH)
+                else:
+                    accumulate(out_VH, weight * grad_loss, beta)
+
+            grad_weight = deliver(ctx.weight, write)
+        return grad_hidden, grad_weight, None
 
 
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backends import processor
+from backends.weight_gradients import accumulate, deliver
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,43 +25,50 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-class _WideLinear(torch.autograd.Function):
+def product(a: Tensor, b: Tensor, wide: torch.dtype, result: torch.dtype) -> Tensor:
+    """``a @ b`` through ``wide``; in ``result`` where the device gives narrow operands a wide result, else in wide."""
+    if a.device.type == "cuda" and result == torch.float32 and a.dtype == b.dtype != result and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=result)
+    return torch.mm(a.to(wide), b.to(wide))
+
+
+def _multiply(a: Tensor, b: Tensor, wide: torch.dtype, out: Tensor, beta: int = 0) -> None:
+    """``out = beta * out + a @ b`` through ``wide``; an expert's matrices stay in the cache while they are widened."""
+    if out.dtype == wide:
+        torch.addmm(out, a.to(wide), b.to(wide), beta=beta, out=out)
+    else:
+        accumulate(out, product(a, b, wide, out.dtype), beta)
+
+
+class _Linear(torch.autograd.Function):
     """``x @ weight.T + bias`` through ``wide``, rounded once to the dtype of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], wide: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.wide = wide
+        ctx.weight, ctx.wide = weight, wide
         return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], None]:
         x, weight = ctx.saved_tensors
+        wide = ctx.wide
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        wide_TO = grad.to(ctx.wide).reshape(-1, weight.shape[0])
+        grad_TO, x_TI = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
         grad_x = grad_weight = grad_bias = None
         if wants_x:
-            grad_x = torch.mm(wide_TO, weight.to(ctx.wide)).to(x.dtype).view_as(x)
+            grad_x = torch.mm(grad_TO.to(wide), weight.to(wide)).to(x.dtype).view_as(x)
         if wants_weight:
-            grad_weight = torch.mm(wide_TO.T, x.reshape(-1, weight.shape[1]).to(ctx.wide)).to(weight.dtype)
+            grad_weight = deliver(ctx.weight, lambda out, beta: _multiply(grad_TO.T, x_TI, wide, out, beta))
         if wants_bias:
-            grad_bias = wide_TO.sum(0).to(weight.dtype)
+            grad_bias = grad_TO.to(wide).sum(0).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """See :meth:`backends.operations.Operations.linear`."""
-    wide = computing_dtype(x.dtype)
-    return F.linear(x, weight, bias) if wide == x.dtype else _WideLinear.apply(x, weight, bias, wide)
-
-
-def _multiply(a: Tensor, b: Tensor, wide: torch.dtype, out: Tensor) -> None:
-    """``out = a @ b`` through ``wide``; an expert's matrices stay in the cache while they are widened."""
-    if a.dtype == wide:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a.to(wide), b.to(wide)))
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], wide: torch.dtype) -> Tensor:
+    """See :meth:`backends.operations.Operations.linear`; ``wide`` is the dtype to multiply in."""
+    return _Linear.apply(x, weight, bias, wide)
 
 
 def _occupied(counts: list[int]) -> Iterator[tuple[int, slice]]:
@@ -81,7 +89,7 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x_TI, weight_EOI)
-        ctx.counts = counts
+        ctx.weight, ctx.counts = weight_EOI, counts
         wide = computing_dtype(x_TI.dtype)
         result = x_TI.new_empty(x_TI.shape[0], weight_EOI.shape[1])
         for expert, rows in _occupied(counts):
@@ -93,18 +101,22 @@ class _GroupedMM(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
         x_TI, weight_EOI = ctx.saved_tensors
         wide = computing_dtype(x_TI.dtype)
+        counts = ctx.counts
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x_TI)
-            for expert, rows in _occupied(ctx.counts):
+            for expert, rows in _occupied(counts):
                 _multiply(grad_TO[rows], weight_EOI[expert], wide, grad_x[rows])
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight_EOI)
-            for expert, count in enumerate(ctx.counts):
-                if not count:
-                    grad_weight[expert].zero_()
-            for expert, rows in _occupied(ctx.counts):
-                _multiply(grad_TO[rows].T, x_TI[rows], wide, grad_weight[expert])
+
+            def write(out_EOI: Tensor, beta: int) -> None:
+                for expert, rows in _occupied(counts):
+                    _multiply(grad_TO[rows].T, x_TI[rows], wide, out_EOI[expert], beta)
+                for expert, count in enumerate(counts):
+                    if not count and not beta:
+                        out_EOI[expert].zero_()
+
+            grad_weight = deliver(ctx.weight, write)
         return grad_x, grad_weight, None
 
 

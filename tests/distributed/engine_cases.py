@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import nn
 
 import backends
+from backends.weight_gradients import deferred
 from parallel import topology
+from parallel.clock import Clock
 from parallel.config import ParallelConfig
-from parallel.dispatch import AllToAllDispatcher
+from parallel.dispatch import AllToAllDispatcher, Exchange
 from parallel.engine import Engine, ParameterGroup
 from tests.distributed.ranks import report
 
@@ -51,6 +53,19 @@ def gradient_without_hooks(place: topology.Topology) -> list[float]:
     engine = engine_over({"hooked": hooked, "bare": bare}, place, expert=False)
     (hooked * 3.0).sum().backward()
     bare.grad = torch.full((2,), 5.0)
+    return own_gradients(engine)
+
+
+def deferred_and_tied(place: topology.Topology) -> list[float]:
+    """A weight behind a lookup and a multiply, and one behind a multiply only; the multiplies' gradients come later."""
+    ops = backends.select("cpu").ops
+    tied, plain = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    engine = engine_over({"tied": tied, "plain": plain}, place, expert=False)
+    for _ in range(2):
+        x = nn.functional.embedding(torch.tensor([1]), tied)
+        with deferred() as store:
+            (ops.linear(x, tied) + ops.linear(x.detach(), plain)).sum().backward()
+        store.run()
     return own_gradients(engine)
 
 
@@ -118,7 +133,9 @@ def dispatch(place: topology.Topology) -> dict[str, float]:
     from trainer.model.moe import LocalDispatcher
 
     first = place.ep.rank * 4
-    far = run(AllToAllDispatcher(place.ep, experts, ops, True), weight[first : first + 4])
+    far = run(
+        AllToAllDispatcher(Exchange(place.ep, place.ep, Clock(x.device)), experts, ops, True), weight[first : first + 4]
+    )
     near = run(LocalDispatcher(experts, ops, True), weight)
     everyones = near[3].contiguous()
     dist.all_reduce(everyones)  # the owner of an expert sees the tokens of both ranks
@@ -135,6 +152,7 @@ def main() -> None:
         {
             "bf16_reduction": bf16_reduction(data),
             "gradient_without_hooks": gradient_without_hooks(data),
+            "deferred_and_tied": deferred_and_tied(data),
             "unused_parameter": unused_parameter(data),
             "expert_replicas": expert_replicas(expert),
             "global_norm": global_norm(expert),

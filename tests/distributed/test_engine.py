@@ -21,6 +21,12 @@ def test_gradients_set_without_hooks_are_not_lost(ranks: list[dict[str, Any]]) -
     assert ranks[0]["gradient_without_hooks"] + ranks[1]["gradient_without_hooks"] == [6.0, 6.0, 10.0, 10.0]
 
 
+def test_multiplies_and_hooks_meet_in_one_buffer(ranks: list[dict[str, Any]]) -> None:
+    # Four passes (two micro-batches, two ranks): the multiply gives each weight 1, the lookup gives row 1 another 2.
+    expected = [4.0, 4.0, 12.0, 12.0, 4.0, 4.0, 4.0, 4.0]
+    assert ranks[0]["deferred_and_tied"] + ranks[1]["deferred_and_tied"] == expected
+
+
 def test_an_unused_parameter_has_gradient_zero(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["unused_parameter"] + ranks[1]["unused_parameter"] == [0.0] * 4
 

@@ -78,7 +78,7 @@ def test_a_signal_finishes_the_step_and_saves(
     config = small_config(small, f"run_dir={tmp_path}/a")
     run = prepare(config, str(small), False)
     loop = Loop(run)
-    real = loop._loss
+    real = run.model.part
     sent = []
 
     def signalled(*arguments):
@@ -87,7 +87,7 @@ def test_a_signal_finishes_the_step_and_saves(
             os.kill(os.getpid(), number)  # in the middle of step 5
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "_loss", signalled)
+    monkeypatch.setattr(run.model, "part", signalled)
     assert loop.train() is False
     newest = checkpoint.newest(tmp_path / "a")
     assert newest is not None and checkpoint.step_of(newest) == 5
@@ -150,8 +150,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_then_refused(small: Path, 
     run = prepare(small_config(small, f"run_dir={tmp_path}/a"), str(small), False)
     loop = Loop(run)
     before = weights(run)
-    real = loop._loss
-    loop._loss = lambda *arguments: real(*arguments) * math.nan  # type: ignore[method-assign]
+    real = run.model.part
+    run.model.part = lambda *arguments: real(*arguments) * math.nan  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"optimizer\.lr.*not finite in 5 steps in a row.*lower it"):
         loop.train()
     assert all(torch.equal(before[name], value) for name, value in weights(run).items())

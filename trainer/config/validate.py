@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from backends.errors import UserError
+from parallel.pipeline.order import check
 from trainer.config.schema import Config
 
 
@@ -25,11 +26,14 @@ def validate_layout(config: Config, world_size: int, where: str) -> None:
     """Check the config against the number of ranks it runs on.
 
     Raises:
-        UserError: the ranks do not factor into the layout, experts do not split evenly over expert-parallel ranks,
-            or the global batch does not split evenly over data-parallel ranks and micro-batches.
+        UserError: the ranks do not factor into the layout, layers into stages, experts do not split evenly over
+            expert-parallel ranks, the global batch over data-parallel ranks and micro-batches, or the schedule cannot
+            run so many micro-batches.
     """
+    _check_pipeline(config, world_size, where)
     expert, experts = config.parallel.expert, config.model.moe.num_experts
-    sizes = [size for size in range(1, world_size + 1) if world_size % size == experts % size == 0]
+    pipelines = world_size // config.parallel.pipeline  # each rank of a stage is one of so many
+    sizes = [size for size in range(1, pipelines + 1) if pipelines % size == experts % size == 0]
     if experts % expert:
         _refuse(
             where,
@@ -37,25 +41,68 @@ def validate_layout(config: Config, world_size: int, where: str) -> None:
             f"model.moe.num_experts={experts} is not divisible by {expert}",
             f"use {_nearest(sizes, expert)}",
         )
-    if world_size % expert:
+    if pipelines % expert:
         _refuse(
             where,
             "parallel.expert",
-            f"{world_size} ranks do not divide into groups of {expert}",
-            f"use {_nearest(sizes, expert)}, or start a multiple of {expert} ranks",
+            f"{pipelines} ranks{' of a stage' if config.parallel.pipeline > 1 else ''} do not divide into groups of "
+            f"{expert}",
+            f"use {_nearest(sizes, expert)}, or start a multiple of {expert * config.parallel.pipeline} ranks",
         )
-    # Expert-parallel ranks read different data, so every rank is a data-parallel rank.
-    # Their share need not divide into micro-batches: the last one is smaller, on all ranks alike.
-    length, unit = config.data.sequence_length, world_size
+    # Expert-parallel ranks read different data, so every rank of a stage is a data-parallel rank.
+    # Without a pipeline their share need not divide into micro-batches: the last one is smaller, on all ranks alike.
+    length, micro = config.data.sequence_length, config.train.micro_batch_size
     sequences = config.train.global_batch_tokens // length
+    unit = pipelines * micro if config.parallel.pipeline > 1 else pipelines
     if sequences % unit:
         below = sequences // unit * unit
+        micros = f" and micro-batches of {micro}" if unit != pipelines else ""
         _refuse(
             where,
             "train.global_batch_tokens",
-            f"{sequences} sequences of {length} tokens do not divide over {world_size} data-parallel ranks",
+            f"{sequences} sequences of {length} tokens do not divide over {pipelines} data-parallel ranks{micros}",
             f"use {_nearest([size * length for size in (below, below + unit) if size], sequences * length)}",
         )
+    if config.parallel.pipeline > 1:
+        _check_schedule_order(config, sequences // unit, where)
+
+
+def _check_pipeline(config: Config, world_size: int, where: str) -> None:
+    layout, layers = config.parallel, config.model.num_layers
+    if world_size % layout.pipeline:
+        sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        _refuse(
+            where,
+            "parallel.pipeline",
+            f"{world_size} ranks do not divide into {layout.pipeline} pipeline ranks",
+            f"use {_nearest(sizes, layout.pipeline)}, or start a multiple of {layout.pipeline} ranks",
+        )
+    if layout.pipeline == 1:
+        return
+    if layout.stages > layers:
+        _refuse(
+            where,
+            "parallel.pipeline",
+            f"{layout.stages} stages ({layout.pipeline} ranks under {layout.schedule}) are more than "
+            f"model.num_layers={layers}",
+            "use fewer ranks or a schedule with fewer stages a rank",
+        )
+    given = layout.layers_per_stage
+    if given and (len(given) != layout.stages or sum(given) != layers or min(given) < 1):
+        _refuse(
+            where,
+            "parallel.layers_per_stage",
+            f"{list(given)} does not share out model.num_layers={layers} over {layout.stages} stages",
+            f"list {layout.stages} numbers of at least 1 that sum to {layers}, or leave it empty",
+        )
+
+
+def _check_schedule_order(config: Config, micro_batches: int, where: str) -> None:
+    layout = config.parallel
+    try:
+        check(layout.schedule, layout.pipeline, micro_batches, layout.stages // layout.pipeline)
+    except ValueError as error:
+        raise UserError(f"{where}: parallel.schedule: {error}") from error
 
 
 def _check_ranges(config: Config, where: str) -> None:
@@ -101,6 +148,8 @@ def _check_ranges(config: Config, where: str) -> None:
         "train.eval_sequences": natural,
         "train.log_every": count,
         "parallel.expert": count,
+        "parallel.pipeline": count,
+        "parallel.stages_per_rank": natural,
         "checkpoint.every": natural,
         "checkpoint.keep": natural,
         "metrics.peak_tflops": natural,

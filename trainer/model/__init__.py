@@ -1,8 +1,8 @@
 """The shared Mixture-of-Experts definition: single-device code, every published family a config of it."""
 
 from trainer.model.config import ModelConfig
-from trainer.model.context import Share
+from trainer.model.context import MicroBatch, Share
 from trainer.model.init import materialize
 from trainer.model.model import MoETransformer
 
-__all__ = ["ModelConfig", "MoETransformer", "Share", "materialize"]
+__all__ = ["MicroBatch", "ModelConfig", "MoETransformer", "Share", "materialize"]

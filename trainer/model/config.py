@@ -100,6 +100,21 @@ class ModelConfig:
         """Whether layer number ``layer`` (from 0; MTP layers follow the last) holds experts."""
         return self.moe.num_experts > 0 and layer >= self.dense_layers
 
+    def moe_names(self) -> list[str]:
+        """The numbers, as strings, of all layers that hold experts."""
+        return [str(layer) for layer in range(self.num_layers + self.mtp_layers) if self.is_moe(layer)]
+
+    def loss_names(self) -> list[str]:
+        """Of the losses that training meters, in the order of reports."""
+        moe = bool(self.moe_names())
+        wanted = {
+            "lm_loss": True,
+            "mtp_loss": self.mtp_layers > 0,
+            "aux_loss": moe and self.moe.aux_loss > 0,
+            "z_loss": moe and self.moe.z_loss > 0,
+        }
+        return [name for name, present in wanted.items() if present]
+
     def validate(self, where: str) -> None:
         """Raise :class:`UserError` naming ``where`` (the config file) and the key that cannot work."""
         moe, attention = self.moe, self.attention

@@ -18,6 +18,17 @@ class Share:
     sequences: float
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """The input of one forward pass; every stage of a pipeline has it."""
+
+    tokens_BS: Tensor
+    positions_BS: Tensor
+    documents_BS: Tensor | None  # attention stays inside equal values; None: each row is one document
+    labels_BS: Tensor | None  # the token to predict at each position, -100 where none is; None asks for logits
+    share: Share
+
+
 class Meters:
     """Running sums of detached scalars and of tokens per expert, in the units of :class:`Share`."""
 

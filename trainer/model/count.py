@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from backends import select
 from trainer.model.config import ModelConfig
@@ -56,18 +56,37 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     backward, halved because attention is causal. Document boundaries are not taken off. Recomputation and dropped
     tokens change nothing: these are the FLOPs of the model, not of the machine.
     """
+    costs = layer_costs(config, sequence_length)
+    # The backward pass costs twice the forward pass.
+    return 3 * (sum(costs.layers) + costs.after)
+
+
+class LayerCosts(NamedTuple):
+    """Forward FLOPs of one token."""
+
+    layers: list[float]
+    before: float  # the embedding: a lookup, but its weight is stepped and reduced like a layer's; the cheapest layer's
+    after: float  # head, and multi-token prediction with its own use of the head
+
+
+def layer_costs(config: ModelConfig, sequence_length: int) -> LayerCosts:
+    """What each layer, and what stands before and behind them, costs in the forward pass."""
     model = MoETransformer(config, select("cpu").ops, device="meta")
-    weights = config.vocab_size * config.hidden_size * (1 + config.mtp_layers)
-    for name, parameter in model.named_parameters():
-        if name not in ("embed.weight", "head.weight") and parameter.dim() > 1:
-            weights += _used(name, parameter, config)
     shape = config.attention
     if shape.kind == "mla":
         head_dims = shape.qk_nope_head_dim + shape.qk_rope_head_dim + shape.v_head_dim
     else:
         head_dims = 2 * shape.head_dim
-    layers = config.num_layers + config.mtp_layers
-    return 6 * weights + 3 * layers * sequence_length * shape.num_heads * head_dims
+    attention = sequence_length * shape.num_heads * head_dims
+
+    def matrices(module: nn.Module) -> float:
+        weights = (_used(name, p, config) for name, p in module.named_parameters(prefix=".") if p.dim() > 1)
+        return 2.0 * sum(weights)
+
+    head = 2.0 * config.vocab_size * config.hidden_size
+    layers = [matrices(layer) + attention for layer in model.layers.values()]
+    further = sum(matrices(layer) + attention + head for layer in model.mtp.values())
+    return LayerCosts(layers, min(layers), head + further)
 
 
 def _used(name: str, parameter: Tensor, config: ModelConfig) -> int:

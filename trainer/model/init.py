@@ -17,7 +17,7 @@ def materialize(model: MoETransformer, seed: int, device: torch.device | str) ->
     what it holds and every layout and device starts from the same model.
     """
     model.to_empty(device=device)
-    if model.config.tie_embeddings:
+    if model.config.tie_embeddings and hasattr(model, "head"):
         # to_empty makes two tensors of a shared one
         model.head.weight = model.embed.weight  # type: ignore[assignment]
     experts = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, Experts)}

@@ -6,7 +6,7 @@ replaces their dispatchers and may leave only some of its layers on a rank.
 Shapes: B batch, S sequence, H hidden, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from backends.operations import IGNORED, Operations
+from parallel.pipeline.split import Part, whole
 from trainer.model.config import ModelConfig
-from trainer.model.context import Context, Meters, Share
+from trainer.model.context import Context, Meters, MicroBatch, Share
 from trainer.model.layer import MultiTokenPrediction, TransformerLayer
 from trainer.model.linear import Linear, RMSNorm, at_least_fp32
 from trainer.model.moe import MoE
@@ -33,6 +34,8 @@ class MoETransformer(nn.Module):
         device: where parameters are made; "meta" allocates nothing.
         dtype: of the parameters; the expert bias is fp32 always.
         recompute: keep only each layer's input for the backward pass and run the layer again there.
+        parts: what to hold of it; None: everything. A pipeline's last part holds a copy of the embedding where it
+            is tied to the head or read by multi-token prediction.
     """
 
     def __init__(
@@ -42,28 +45,39 @@ class MoETransformer(nn.Module):
         device: torch.device | str = "meta",
         dtype: torch.dtype = torch.float32,
         recompute: bool = False,
+        parts: Sequence[Part] | None = None,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config, self.ops, self.recompute = config, ops, recompute
         self.meters = Meters()
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        held = [whole(config.num_layers)] if parts is None else list(parts)
+        first, last = any(part.first for part in held), any(part.last for part in held)
+        if first or (last and (config.tie_embeddings or config.mtp_layers)):
+            self.embed = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self._copied = last and not first
         self.layers = nn.ModuleDict(
-            {str(i): TransformerLayer(config, i, ops, **factory) for i in range(config.num_layers)}
+            {str(i): TransformerLayer(config, i, ops, **factory) for part in held for i in part.layers}
         )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, ops, **factory)
-        self.head = Linear(config.hidden_size, config.vocab_size, ops, **factory)
-        if config.tie_embeddings:
-            self.head.weight = self.embed.weight  # type: ignore[assignment]
+        if last:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps, ops, **factory)
+            self.head = Linear(config.hidden_size, config.vocab_size, ops, **factory)
+            if config.tie_embeddings:
+                self.head.weight = self.embed.weight  # type: ignore[assignment]
         self.mtp = nn.ModuleDict(
             {
                 str(k): MultiTokenPrediction(config, config.num_layers + k, ops, **factory)
-                for k in range(config.mtp_layers)
+                for k in range(config.mtp_layers if last else 0)
             }
         )
 
+    @property
+    def embedding_copy(self) -> nn.Parameter | None:
+        """The embedding's weight where another pipeline stage owns it."""
+        return next(self.embed.parameters()) if self._copied and hasattr(self, "embed") else None
+
     def moe_layers(self) -> Iterator[tuple[str, MoE]]:
-        """Layer number, as a string, and MoE module of every MoE layer, those of MTP included."""
+        """Layer number, as a string, and MoE module of every MoE layer here, those of MTP included."""
         return ((module.name, module) for module in self.modules() if isinstance(module, MoE))
 
     def forward(
@@ -74,7 +88,7 @@ class MoETransformer(nn.Module):
         labels_BS: Tensor | None = None,
         share: Share | None = None,
     ) -> Tensor:
-        """Logits (B, S, V), at least fp32, without labels; with labels this micro-batch's share of the global loss.
+        """The whole model: logits (B, S, V), at least fp32, without labels; this micro-batch's share of the loss with.
 
         Args:
             tokens_BS: token ids.
@@ -93,19 +107,39 @@ class MoETransformer(nn.Module):
         if share is None:
             counted = tokens_BS.numel() if labels_BS is None else int((labels_BS != IGNORED).sum())
             share = Share(tokens=counted, sequences=tokens_BS.shape[0])
+        batch = MicroBatch(tokens_BS, positions_BS, documents_BS, labels_BS, share)
+        return self.part(whole(self.config.num_layers), None, batch)
+
+    def part(self, part: Part, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+        """Some of the layers, as a stage of a pipeline runs them.
+
+        Args:
+            part: the layers, all held here.
+            hidden: (B, S, H) from the part before; None for the first.
+            micro_batch: the same for every part.
+
+        Returns:
+            hidden states (B, S, H), in fp32 with ``residual_fp32``; what :meth:`forward` returns for the last part.
+        """
+        batch = micro_batch
         dims = rotated_dims(self.config.attention, self.config.rope)
-        cos, sin = rotations(self.config.rope, dims, positions_BS)
-        context = Context(cos, sin, documents_BS, share, self.meters)
-        hidden = self._embedded(tokens_BS)
-        for layer in self.layers.values():
-            hidden = self._run(layer, hidden, context)
+        cos, sin = rotations(self.config.rope, dims, batch.positions_BS)
+        context = Context(cos, sin, batch.documents_BS, batch.share, self.meters)
+        if hidden is None:
+            hidden = self._embedded(batch.tokens_BS)
+        for number in part.layers:
+            hidden = self._run(self.layers[str(number)], hidden, context)
+        return self._finish(hidden, batch, context) if part.last else hidden
+
+    def _finish(self, hidden: Tensor, batch: MicroBatch, context: Context) -> Tensor:
+        """Behind the last layer: logits without labels, the loss with."""
         hidden = self.norm(hidden)
-        if labels_BS is None:
+        if batch.labels_BS is None:
             return at_least_fp32(self.head(hidden))
-        loss = self._cross_entropy(hidden, labels_BS, share)
+        loss = self._cross_entropy(hidden, batch.labels_BS, batch.share)
         self.meters.add("lm_loss", loss)
         if self.mtp:
-            further = self._further_ahead(hidden, tokens_BS, labels_BS, context)
+            further = self._further_ahead(hidden, batch.tokens_BS, batch.labels_BS, context)
             self.meters.add("mtp_loss", further)
             loss = loss + self.config.mtp_loss * further
         return loss

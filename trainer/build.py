@@ -1,0 +1,78 @@
+"""From a config and this rank's place to its part of the model, the engine around it and its end of the pipeline."""
+
+import torch
+
+from backends.base import Backend
+from parallel.clock import Clock
+from parallel.dispatch import Exchange, shard_experts
+from parallel.engine import Engine
+from parallel.pipeline.pipeline import Pipeline, held_by
+from parallel.pipeline.shared import SharedWeight
+from parallel.pipeline.split import balanced
+from parallel.topology import Axis, Topology
+from trainer.config.schema import Config
+from trainer.model import MoETransformer, materialize
+from trainer.model.count import layer_costs
+from trainer.optimizer import adamw, parameter_groups
+from trainer.precision import weights_dtype
+
+
+def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETransformer, Engine, Pipeline]:
+    """This rank's part of the model with its initial weights, the engine around it, and its end of the pipeline."""
+    train, layout, pp = config.train, config.parallel, topology.pp
+    counts = layers_per_stage(config)
+    held = held_by(pp.rank, pp.size, counts, layout.schedule)
+    dtype = weights_dtype(train.precision)
+    model = MoETransformer(
+        config.model,
+        backend.ops,
+        dtype=dtype,
+        recompute=train.activation_checkpointing == "layer",
+        parts=[part for _, part in held],
+    )
+    clock = Clock(backend.device)
+    exchange = Exchange(topology.ep, topology.ep_backward, clock)
+    shard_experts([moe for _, moe in model.moe_layers()], exchange, backend.ops)
+    materialize(model, config.seed, backend.device)
+    engine = Engine(
+        model,
+        parameter_groups(model, config.optimizer.weight_decay),
+        adamw(config.optimizer),
+        topology,
+        backend,
+        clip_norm=config.optimizer.clip_norm,
+        shared=_shared_embedding(model, pp),
+    )
+    hidden_dtype = torch.promote_types(dtype, torch.float32) if config.model.residual_fp32 else dtype
+    sequences = train.global_batch_tokens // config.data.sequence_length
+    shape = (train.micro_batch_size, config.data.sequence_length, config.model.hidden_size)
+    pipeline = Pipeline(
+        model,
+        held,
+        len(counts),
+        pp,
+        layout.schedule,
+        sequences // topology.dp.size // train.micro_batch_size,
+        torch.empty(shape, dtype=hidden_dtype, device=backend.device),
+        clock,
+    )
+    return model, engine, pipeline
+
+
+def layers_per_stage(config: Config) -> list[int]:
+    """As the config gives them, or balanced by cost."""
+    layout = config.parallel
+    if layout.pipeline == 1:
+        return [config.model.num_layers]
+    costs = layer_costs(config.model, config.data.sequence_length)
+    return list(layout.layers_per_stage) or balanced(costs.layers, costs.before, costs.after, layout.stages)
+
+
+def _shared_embedding(model: MoETransformer, pp: Axis) -> SharedWeight | None:
+    """The embedding where the last stage of the pipeline uses it too and is another rank's."""
+    uses = model.config.tie_embeddings or model.config.mtp_layers > 0
+    if model.embedding_copy is not None:
+        return SharedWeight(model.embedding_copy, pp)
+    if pp.size > 1 and pp.rank == 0 and uses and not hasattr(model, "head"):
+        return SharedWeight(next(model.embed.parameters()), pp)
+    return None
