@@ -79,7 +79,7 @@ def packed_corpus(documents: Documents, tokenizer: Tokenizer, config: DataConfig
 
     Raises UserError if a document cannot be read or the cache cannot be written.
     """
-    key = fingerprint("packed 1", documents.identity(), tokenizer.fingerprint, tokenizers.__version__)
+    key = fingerprint("packed 2", documents.identity(), tokenizer.fingerprint, tokenizers.__version__)
     folder = cache_folder(config.cache_dir, "tokens", key)
     return PackedCorpus(build_once(folder, lambda partial: _write(partial, documents, tokenizer), where), where)
 
