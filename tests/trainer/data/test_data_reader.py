@@ -336,7 +336,9 @@ def test_halves_without_text_are_refused(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_prompts_are_the_beginnings_of_held_out_documents(stream: bool, tmp_path: Path, make_config: MakeConfig) -> None:
+def test_prompts_are_the_beginnings_of_held_out_documents(
+    stream: bool, tmp_path: Path, make_config: MakeConfig
+) -> None:
     held_out = ["\n  ---\nfirst line\nmore", "first line\nagain", "  word " * 20, "日本" * 30, "unasked for " * 40]
     config = make_config(
         "jsonl", streaming=stream, validation_paths=[str(write_jsonl(tmp_path / "held out.jsonl", held_out))]
