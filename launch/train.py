@@ -56,20 +56,15 @@ def _sample(run: "Run", prompts: list[str]) -> None:
     from trainer.generate import sample
 
     model, tokenizer, config = load_for_inference(str(run.run_dir), run.backend)
-    print("\nA sample of what the model writes, from the beginnings of held-out documents on:\n")
-    for prompt, text in zip(
+    print("\nA sample of what the model writes, after the beginnings of held-out documents:\n")
+    for text in sample(
+        model,
+        tokenizer,
         prompts,
-        sample(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=64,
-            sequence_length=config.data.sequence_length,
-            device=run.backend.device,
-        ),
-        strict=True,
+        max_new_tokens=64,
+        sequence_length=config.data.sequence_length,
+        device=run.backend.device,
     ):
-        print(f"  {prompt}")
         print("\n".join(f"  | {line}" for line in text.splitlines()), end="\n\n")
 
 
