@@ -1,5 +1,6 @@
 """Training: what `moebius train`, the deepspeed launcher and torchrun start."""
 
+import logging
 import os
 import shlex
 import shutil
@@ -28,6 +29,8 @@ def _train(path: str, overrides: list[str], resume: bool | str, sample: bool) ->
 
     config, origins = load_with_origins(path, overrides)
 
+    _announce_preparations()
+
     from launch.banner import banner
     from parallel.topology import stop
     from trainer.data import beginnings
@@ -48,6 +51,13 @@ def _train(path: str, overrides: list[str], resume: bool | str, sample: bool) ->
             _sample(prepared, prompts)
         _what_next(prepared.run_dir, path, prompts)
     return 0
+
+
+def _announce_preparations() -> None:
+    """Say on standard error what takes a while at the first start; of several processes the one that does it."""
+    logger = logging.getLogger("trainer.data")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [logging.StreamHandler()]
 
 
 def _sample(run: "Run", prompts: list[str]) -> None:

@@ -1,5 +1,6 @@
 """What is said before the first step."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,16 @@ def test_a_stream_has_no_size(small: Path, tmp_path: Path) -> None:
     assert lines["device"].endswith(", bf16")
 
 
+def test_several_processes_say_how_they_share_the_work(small: Path, tmp_path: Path) -> None:
+    run = prepare(small_config(small, f"run_dir={tmp_path}/a"), str(small), False)
+    edp, ep = replace(run.topology.edp, size=2), replace(run.topology.ep, size=4)
+    run.topology = replace(run.topology, world_size=8, edp=edp, ep=ep)
+    assert banner(run).splitlines()[2] == "layout  8 processes: 1 pipeline x 2 data x 4 expert"
+
+
 def test_a_resumed_run_says_where_it_goes_on(small: Path, tmp_path: Path) -> None:
     run = prepare(small_config(small, f"run_dir={tmp_path}/a"), str(small), False)
+    del run.model  # the rank's share of it would not tell the size
     run.step = 7
     assert banner(run).splitlines()[-1] == f"run     {tmp_path}/a, from step 7 on"
     run.step = 20

@@ -151,7 +151,7 @@ def _from_file(path: Path, end_of_document: str, where: str) -> Tokenizer:
 
 
 def _train(documents: Documents, config: DataConfig, where: str) -> tokenizers.Tokenizer:
-    logger.info("training a tokenizer of %d entries", config.tokenizer.vocab_size)
+    logger.info("training a tokenizer of %d entries ...", config.tokenizer.vocab_size)
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
