@@ -71,7 +71,7 @@ class Timeline:
     @property
     def overlaps(self) -> bool:
         """Whether a rank ever does two things at once."""
-        return any(sum(span.end - span.start for span in spans) > _covered(spans) * (1 + 1e-6) for spans in self.ranks)
+        return any(sum(span.end - span.start for span in spans) > covered(spans) * (1 + 1e-6) for spans in self.ranks)
 
     @property
     def bubble(self) -> float:
