@@ -1,7 +1,7 @@
 """Checks that types cannot express: ranges, and keys that must agree with each other."""
 
 from backends.errors import UserError
-from parallel.pipeline.order import check
+from parallel.pipeline.order import SCHEDULES, check
 from trainer.config.ranges import COUNT, NATURAL, POSITIVE, Rule, check_ranges
 from trainer.config.schema import Config
 
@@ -111,6 +111,14 @@ def _check_pipeline(config: Config, world_size: int, where: str) -> None:
         )
     if layout.pipeline == 1:
         return
+    chunks = SCHEDULES[layout.schedule].chunks
+    if chunks is not None and layout.stages_per_rank not in (0, chunks):
+        _refuse(
+            where,
+            "parallel.stages_per_rank",
+            f"is {layout.stages_per_rank}, but parallel.schedule={layout.schedule} has {chunks} on each rank",
+            f"use {chunks} or 0",
+        )
     if layout.stages > layers:
         _refuse(
             where,
@@ -134,7 +142,10 @@ def _check_schedule_order(config: Config, micro_batches: int, where: str) -> Non
     try:
         check(layout.schedule, layout.pipeline, micro_batches, layout.stages // layout.pipeline)
     except ValueError as error:
-        raise UserError(f"{where}: parallel.schedule: {error}") from error
+        raise UserError(
+            f"{where}: parallel.schedule: {error}; there are train.global_batch_tokens / (data.sequence_length * "
+            f"data-parallel ranks * train.micro_batch_size) = {micro_batches}"
+        ) from error
 
 
 def _check_name(config: Config, where: str) -> None:
