@@ -66,12 +66,12 @@ class Timeline:
     @property
     def busy(self) -> list[float]:
         """How long each rank does something; two actions at once count once."""
-        return [_covered(spans) for spans in self.ranks]
+        return [covered(spans) for spans in self.ranks]
 
     @property
     def overlaps(self) -> bool:
         """Whether a rank ever does two things at once."""
-        return any(sum(span.end - span.start for span in spans) > _covered(spans) * (1 + 1e-6) for spans in self.ranks)
+        return any(sum(span.end - span.start for span in spans) > covered(spans) * (1 + 1e-6) for spans in self.ranks)
 
     @property
     def bubble(self) -> float:
@@ -140,7 +140,7 @@ def _needed(action: Action, last: int) -> list[Action]:
     return [Action("I", stage + 1, micro_batch), Action("B", stage + 1, micro_batch)]
 
 
-def _covered(spans: Sequence[Span]) -> float:
+def covered(spans: Sequence[Span]) -> float:
     """Length of the union of the spans."""
     covered, reached = 0.0, 0.0
     for span in sorted(spans, key=lambda span: span.start):
