@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     add("--pp", type=int, default=4, metavar="N", help="processes (4)")
     add("--microbatches", type=int, nargs="+", default=[8, 16], metavar="N", help="micro-batches of a step (8 16)")
     add("--milliseconds", type=float, default=20.0, metavar="T", help="a rank's forward of a micro-batch (20)")
-    add("--steps", type=int, default=3, metavar="N", help="timed steps of each schedule (3)")
+    add("--steps", type=int, default=5, metavar="N", help="steps of each schedule, the fastest of which counts (5)")
     args = parser.parse_args(argv)
     return run(lambda: _bench(args), debug=False)
 
@@ -87,14 +87,14 @@ def _planned(pp: int, pause: float, schedule: str, micro_batches: int, together:
 
 
 def _measure(rank: int, pp: int, folder: str, cases: list[Case], pause: float, steps: int) -> None:
-    """What one process does; the first one writes each case's bubble and step time, of its median step."""
+    """What one process does; the first one writes each case's bubble and step time, of its fastest step."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=pp)
     results = []
     for schedule, micro_batches, together in cases:
         timelines = _steps(rank, pp, schedule, micro_batches, together, pause, steps)
-        middle = sorted(timelines, key=lambda timeline: timeline.total)[len(timelines) // 2]
-        results.append((middle.bubble, middle.total))
+        best = min(timelines, key=lambda timeline: timeline.total)  # what else the machine does only adds
+        results.append((best.bubble, best.total))
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
