@@ -11,6 +11,7 @@ ARGS   ?=
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo 'Arguments go into ARGS: make train ARGS="train.steps=20 name=short"'
+	@echo 'Go on with a run: make train ARGS=--resume'
 
 train: $(VENV)/.installed ## train configs/tiny.yaml on this machine and sample from it
 	@$(BIN)/moebius train --config $(CONFIG) --sample $(ARGS)

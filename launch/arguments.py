@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from typing import NoReturn
 
 from launch.errors import USER_ERROR, complain, written
@@ -19,12 +20,33 @@ class Parser(argparse.ArgumentParser):
 
 
 class ConfigParser(Parser):
-    """Takes ``--config PATH`` and ``key=value`` overrides; ``--help`` goes on with every key."""
+    """Takes ``--config PATH`` and ``key=value`` overrides, anywhere; ``--help`` goes on with every key."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description)
         self.add_argument("--config", metavar="PATH", required=True, help="the YAML file of the run")
         self.add_argument("overrides", metavar="key=value", nargs="*", help="overrides a key of the file")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The arguments; exits with one line, which has the right spelling where that can be guessed."""
+        checked = []
+        for index, argument in enumerate(arguments):
+            before, following = "".join(arguments[index - 1 : index]), "".join(arguments[index + 1 : index + 2])
+            self._check_spelling(before, argument, following)
+            flag = self._option_string_actions.get(argument)
+            # An override is never the value that a flag may have.
+            checked.append(f"{argument}=" if flag and flag.nargs == "?" and "=" in following else argument)
+        return self.parse_intermixed_args(checked)
+
+    def _check_spelling(self, before: str, argument: str, following: str) -> None:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-"):
+            if f"--{name}" not in self._option_string_actions and _is_key(name):
+                self.error(f"'{argument}' is a key, not a flag; write {name}={value if equals else following}")
+        elif not equals and argument.endswith((".yaml", ".yml")):
+            flag = self._option_string_actions.get(before)
+            if flag is None or flag.nargs == 0:
+                self.error(f"'{argument}' stands alone; write --config {argument}")
 
     def format_help(self) -> str:
         from trainer.config.help import config_help  # only --help needs it
@@ -33,13 +55,28 @@ class ConfigParser(Parser):
         return f"{super().format_help()}\n{config_help(width)}\n"
 
 
-def train_parser(prog: str = "moebius train") -> ConfigParser:
-    """The arguments of training; parse with ``parse_intermixed_args``, so that overrides may stand anywhere.
+def _is_key(name: str) -> bool:
+    from trainer.config.schema import Config  # only a mistake needs it
 
-    Gives ``config``, ``overrides``, ``resume``, ``sample``, ``debug`` and ``local_rank``.
+    return name.partition(".")[0] in Config.__dataclass_fields__
+
+
+def train_parser(prog: str = "moebius train") -> ConfigParser:
+    """The arguments of training.
+
+    Gives ``config``, ``overrides``, ``resume`` (False, True or the path of a checkpoint), ``sample``, ``debug`` and
+    ``local_rank``.
     """
     parser = ConfigParser(prog, "Train a model. Several ranks: deepspeed --num_accelerators N launch/train.py ...")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run directory")
+    parser.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        nargs="?",
+        default=False,
+        const=True,
+        type=lambda path: path or True,
+        help="go on with the run, from its newest checkpoint or from the folder of an earlier one",
+    )
     parser.add_argument("--sample", action="store_true", help="print text from the model when training ends")
     parser.add_argument("--debug", action="store_true", help="show tracebacks instead of one line")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by deepspeed

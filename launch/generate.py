@@ -1,7 +1,9 @@
 """`moebius generate`: text from a trained model."""
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from launch.arguments import Parser
 from launch.errors import run
@@ -31,24 +33,36 @@ def main(argv: list[str]) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from backends.errors import UserError
+
+    place = args.run or args.checkpoint
+    if not Path(place).is_dir():
+        raise UserError(f"{place}: there is no such folder; give a run directory, or a folder inside its checkpoints/")
+    if sys.stderr.isatty():
+        print(f"loading {place} ...", file=sys.stderr, flush=True)
+
     from backends import select
     from trainer.checkpoint import load_for_inference
-    from trainer.generate import sample
+    from trainer.generate import stream
 
     backend = select(args.backend)
-    model, tokenizer, config = load_for_inference(args.run or args.checkpoint, backend)
-    texts = sample(
-        model,
-        tokenizer,
-        args.prompt or [""],
-        max_new_tokens=args.max_new_tokens,
-        sequence_length=config.data.sequence_length,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        device=backend.device,
-    )
-    print("\n\n".join(texts))
+    model, tokenizer, config = load_for_inference(place, backend)
+    for index, prompt in enumerate(args.prompt or [""]):
+        if index:
+            print("\n")
+        for piece in stream(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=args.max_new_tokens,
+            sequence_length=config.data.sequence_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed + index,
+            device=backend.device,
+        ):
+            print(piece, end="", flush=True)
+    print()
     return 0
 
 

@@ -10,7 +10,7 @@ def main(argv: list[str]) -> int:
     """Print total and active-per-token parameters by part, and the model FLOPs of a training token."""
     parser = ConfigParser("moebius params", "Count the parameters of a model by part; nothing is allocated.")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse(argv)
     return run(lambda: _params(args.config, args.overrides, args.json), debug=False)
 
 

@@ -1,9 +1,13 @@
 """Training: what `moebius train`, the deepspeed launcher and torchrun start."""
 
+import logging
 import os
+import shlex
 import shutil
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # started as a file: the launcher puts launch/ on the path, not the folder above it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -11,57 +15,81 @@ if __name__ == "__main__":  # started as a file: the launcher puts launch/ on th
 from launch.arguments import train_parser
 from launch.errors import run
 
+if TYPE_CHECKING:
+    from trainer.setup import Run
+
 
 def main(argv: list[str]) -> int:
     """Train the model of ``--config`` to its last step."""
-    args = train_parser().parse_intermixed_args(argv)
+    args = train_parser().parse(argv)
     return run(lambda: _train(args.config, args.overrides, args.resume, args.sample), args.debug)
 
 
-def _train(path: str, overrides: list[str], resume: bool, sample: bool) -> int:
-    from parallel.agreement import together
-    from parallel.topology import stop
-    from trainer.config.load import load_config
+def _train(path: str, overrides: list[str], resume: bool | str, sample: bool) -> int:
+    from trainer.config.load import load_with_origins
 
-    with together():
-        config = load_config(path, overrides)
+    with _company():
+        config, origins = load_with_origins(path, overrides)
 
+        _announce_preparations()
+
+        from launch.banner import banner
+        from parallel.topology import stop
+        from trainer.data import beginnings
         from trainer.loop import Loop
         from trainer.setup import prepare
 
-        try:
-            prepared = prepare(config, path, resume)
-            finished = Loop(prepared).train()
-        finally:
-            stop()
+        with origins.named():
+            try:
+                prepared = prepare(config, path, resume)
+                if prepared.topology.is_main:
+                    print(banner(prepared), flush=True)
+                finished = Loop(prepared).train()
+            finally:
+                stop()
     if finished and prepared.topology.is_main:
+        prompts = beginnings(prepared.validation, prepared.tokenizer, 3)
         if sample:
-            _sample(str(prepared.run_dir), config.backend)
-        _what_next(prepared.run_dir, path)
+            _sample(prepared, prompts)
+        _what_next(prepared.run_dir, path, prompts)
     return 0
 
 
-def _sample(run_dir: str, backend_name: str) -> None:
+def _company() -> AbstractContextManager[None]:
+    """Several processes give up together; one alone need not wait for torch to hear of a mistake in its config."""
+    if "RANK" not in os.environ:
+        return nullcontext()
+    from parallel.agreement import together
+
+    return together()
+
+
+def _announce_preparations() -> None:
+    """Say on standard error what takes a while at the first start; of several processes the one that does it."""
+    logger = logging.getLogger("trainer.data")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [logging.StreamHandler()]
+
+
+def _sample(run: "Run", prompts: list[str]) -> None:
     """A few lines from the trained model."""
-    from backends import select
     from trainer.checkpoint import load_for_inference
     from trainer.generate import sample
 
-    backend = select(backend_name)
-    model, tokenizer, config = load_for_inference(run_dir, backend)
-    print("\nA sample of what the model writes:\n")
+    model, tokenizer, config = load_for_inference(str(run.run_dir), run.backend)
+    print("\nA sample of what the model writes, after the beginnings of held-out documents:\n")
     for text in sample(
         model,
         tokenizer,
-        ["def ", "import os\n"],
+        prompts,
         max_new_tokens=64,
         sequence_length=config.data.sequence_length,
-        device=backend.device,
+        device=run.backend.device,
     ):
         print("\n".join(f"  | {line}" for line in text.splitlines()), end="\n\n")
 
 
-def _what_next(run_dir: Path, config: str) -> None:
+def _what_next(run_dir: Path, config: str, prompts: list[str]) -> None:
     from trainer.checkpoint import newest
 
     print(f"Run directory  {run_dir}")
@@ -69,7 +97,7 @@ def _what_next(run_dir: Path, config: str) -> None:
     print(f"  checkpoint   {newest(run_dir)}")
     moebius = _moebius()
     print("Try next:")
-    print(f"  {moebius} generate --run {run_dir} --prompt 'class '")
+    print(f"  {moebius} generate --run {run_dir} --prompt {shlex.quote(prompts[0] if prompts else '')}")
     print(f"  {moebius} plot {run_dir} --out loss.png")
     print(f"  {moebius} params --config {config}")
 

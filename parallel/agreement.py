@@ -6,8 +6,8 @@ wrong early: a path that one host does not have, a config that was edited on one
 - ``facts``: what the first rank was given; null if it gave up before;
 - ``agreed``: how many ranks hold the same;
 - ``end``: null when all do; else why somebody gave up. The first to write it has written it for all;
-- ``heard``: how many other ranks know the end;
-- ``spoken``: the first rank has printed it.
+- ``spoken``: the first rank has printed it;
+- ``heard``: how many of the others need the store no more.
 """
 
 import atexit
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from backends.errors import UserError
 from parallel.topology import world_size_from_environment
 
-_JOIN = 1800.0  # seconds for the first rank to appear, as in torch's own rendezvous
+_JOIN = timedelta(minutes=30)  # for the first rank to appear, as in torch's own rendezvous
 _PATIENCE = 10.0  # seconds that a rank gives another to speak or to listen before it leaves
 _ECHO = 2.0  # seconds between the end of one rank and the exception that it causes in another, at most
 
@@ -33,7 +33,7 @@ _ECHO = 2.0  # seconds between the end of one rank and the exception that it cau
 class _Room:
     """The ranks' store, and this rank in it. Every agreement has keys of its own."""
 
-    def __init__(self, patience: float) -> None:
+    def __init__(self) -> None:
         self.rank, self.world = int(os.environ["RANK"]), world_size_from_environment()
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
@@ -43,7 +43,7 @@ class _Room:
                 address,
                 port,
                 is_master=serves,
-                timeout=timedelta(seconds=patience),
+                timeout=_JOIN,
                 wait_for_workers=False,
                 multi_tenant=True,
             )
@@ -108,17 +108,17 @@ class _Room:
     def give_up(self, why: dict[str, Any]) -> None:
         """Raise what an end means for this rank."""
         self.gave_up = True
-        unheard = False
+        mine = why["rank"] == self.rank != 0
         if self.rank == 0:
             atexit.register(self._farewell)  # when the line is out: a launcher stops all ranks once one has ended
         else:
             with suppress(dist.DistError):  # the server is gone, and so is the first rank
+                mine = not self.appears("spoken", _PATIENCE) and mine
                 self.add("heard")
-                unheard = not self.appears("spoken", _PATIENCE) and why["rank"] == self.rank
         if not why["line"]:
             raise SystemExit(1)  # the rank that failed shows its traceback
         error = UserError(why["line"])
-        error.unheard = unheard
+        error.unheard = mine
         raise error
 
     def _farewell(self) -> None:
@@ -133,11 +133,11 @@ class _Room:
 _room: _Room | None = None
 
 
-def _enter(patience: float = _JOIN) -> _Room | None:
+def _enter() -> _Room | None:
     """The room of this process's ranks; None for a process that is alone."""
     global _room
     if _room is None and "RANK" in os.environ and world_size_from_environment() > 1:
-        _room = _Room(patience)
+        _room = _Room()
     return _room
 
 
@@ -181,11 +181,11 @@ def together() -> Iterator[None]:
     A collective that breaks because another rank has given up ends with that rank's reason. Any other exception
     stays what it is; ranks that wait in :func:`agree` for one that has died of it exit with code 1, quietly.
     """
+    room = _enter()
     try:
         yield
     except Exception as error:
         try:
-            room = _enter(_PATIENCE)
             if room is not None:
                 room.leave(error)
         except dist.DistError:  # nobody can be told any more

@@ -5,19 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-
-class Action(NamedTuple):
-    """One forward or backward pass of a pipeline stage: seconds since the clock was taken last."""
-
-    kind: str  # F forward, B backward, I input gradients, W weight gradients
-    stage: int
-    micro_batch: int
-    start: float
-    end: float
+from parallel.pipeline.timeline import Span
 
 
 class Clock:
@@ -55,20 +47,23 @@ class Clock:
         yield
         self._actions.append((kind, stage, micro_batch, start, self._now()))
 
-    def take(self) -> tuple[dict[str, float], list[Action]]:
+    def begin(self) -> None:
+        """A pipeline's step begins: its actions are timed from here."""
+        self._origin = self._now()
+
+    def take(self) -> tuple[dict[str, float], list[Span]]:
         """Seconds under each name, and the actions, since the last call; waits for the device."""
         spans, actions, origin = self._spans, self._actions, self._origin
-        end = self._now()
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
         seconds: dict[str, float] = {}
         for name, start, stop in spans:
             seconds[name] = seconds.get(name, 0.0) + _between(start, stop)
         taken = [
-            Action(kind, stage, micro, _between(origin, start), _between(origin, stop))
+            Span(kind, stage, micro, _between(origin, start), _between(origin, stop))
             for kind, stage, micro, start, stop in actions
         ]
-        self._spans, self._actions, self._origin = [], [], end
+        self._spans, self._actions = [], []
         return seconds, taken
 
 

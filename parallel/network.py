@@ -24,7 +24,7 @@ def choose_interface(world_size: int) -> None:
     }
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)  # torchrun, deepspeed
     address = _address_towards(os.environ["MASTER_ADDR"])
-    if address.startswith("127.") and here < world_size:
+    if address.startswith(("127.", "::1")) and here < world_size:
         address = _address_towards(_ELSEWHERE)  # the first rank's own host, with such a name
     if address in interfaces:
         os.environ["GLOO_SOCKET_IFNAME"] = interfaces[address]

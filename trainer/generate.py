@@ -1,6 +1,6 @@
 """Text from a trained model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -18,7 +18,6 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
-@torch.inference_mode()
 def sample(
     model: Callable[[Tensor, Tensor], Tensor],
     tokenizer: Tokenizer,
@@ -45,6 +44,50 @@ def sample(
         Each prompt with its continuation.
     """
     rows = [tokenizer.encode(prompt) or [tokenizer.end_of_document] for prompt in prompts]
+    for _ in _extended(model, tokenizer, rows, max_new_tokens, sequence_length, temperature, top_p, seed, device):
+        pass
+    return [_text(tokenizer, row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def stream(
+    model: Callable[[Tensor, Tensor], Tensor],
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sequence_length: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[str]:
+    """The text that :func:`sample` makes of one prompt, in pieces: the prompt, then what each token adds.
+
+    A character whose bytes are spread over several tokens comes with the last of them.
+    """
+    rows = [tokenizer.encode(prompt) or [tokenizer.end_of_document]]
+    shown = _text(tokenizer, rows[0], prompt)
+    yield shown
+    for _ in _extended(model, tokenizer, rows, max_new_tokens, sequence_length, temperature, top_p, seed, device):
+        text = _text(tokenizer, rows[0], prompt).rstrip("\ufffd")
+        if len(text) > len(shown):
+            yield text[len(shown) :]
+            shown = text
+    yield _text(tokenizer, rows[0], prompt)[len(shown) :]
+
+
+@torch.inference_mode()
+def _extended(
+    model: Callable[[Tensor, Tensor], Tensor],
+    tokenizer: Tokenizer,
+    rows: list[list[int]],
+    max_new_tokens: int,
+    sequence_length: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    device: torch.device | str,
+) -> Iterator[None]:
+    """Extend each of the rows, in place, by a token a time; comes back after each round."""
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(rows))]
     running = set(range(len(rows)))
     for _ in range(max_new_tokens):
@@ -60,8 +103,12 @@ def sample(
                     running.discard(index)
                 else:
                     rows[index].append(token)
-    # The token that an empty prompt stands for is no text.
-    return [tokenizer.decode(row if prompt else row[1:]) for row, prompt in zip(rows, prompts, strict=True)]
+        yield
+
+
+def _text(tokenizer: Tokenizer, row: list[int], prompt: str) -> str:
+    """The token that an empty prompt stands for is no text."""
+    return tokenizer.decode(row if prompt else row[1:])
 
 
 def _same_length(rows: list[list[int]], running: set[int], sequence_length: int) -> list[list[int]]:

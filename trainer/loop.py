@@ -11,6 +11,8 @@ from torch import Tensor
 
 from backends.errors import UserError
 from backends.operations import IGNORED
+from parallel.pipeline import trace
+from parallel.pipeline.timeline import Span, covered
 from parallel.topology import sum_over
 from trainer import checkpoint
 from trainer.config.load import dump_config
@@ -106,7 +108,8 @@ class Loop:
         self.meter.step(trained)
         times, actions = clock.take()
         if actions:
-            times["pipeline_wait"] = times["forward_backward"] - sum(action.end - action.start for action in actions)
+            times["pipeline_wait"] = times["forward_backward"] - covered(actions)
+            self._trace(actions)
         if run.step % config.train.log_every == 0 or run.step == config.train.steps:
             self.recorder.step(
                 {
@@ -122,6 +125,14 @@ class Loop:
                 }
             )
         return stop
+
+    def _trace(self, actions: list[Span]) -> None:
+        """Of the first pipeline, if this is the step to trace."""
+        run, layout = self.run, self.config.parallel
+        if run.step == self.config.metrics.trace_step and run.topology.dp.rank == 0:
+            pp, chunks = layout.pipeline, layout.stages // layout.pipeline
+            header = trace.Header(layout.schedule, pp, run.pipeline.micro_batches, chunks, run.step)
+            trace.write(run.run_dir, header, run.topology.pp.rank, actions)
 
     def _micro_batches(self, batch: Batch, share: Share) -> list[MicroBatch]:
         parts = batch.to(self.run.backend.device).split(self.config.train.micro_batch_size)

@@ -44,15 +44,20 @@ class Run:
     tokens: int = 0  # tokens trained on
 
 
-def prepare(config: Config, where: str, resume: bool) -> Run:
-    """Check everything, then join the other ranks and build the model; load the newest checkpoint on resume.
+def prepare(config: Config, where: str, resume: bool | str) -> Run:
+    """Check everything, then join the other ranks and build the model; load a checkpoint on resume.
+
+    Args:
+        config: the run.
+        where: the config file, for messages.
+        resume: whether to go on from the newest checkpoint; or the folder of the checkpoint to go on from.
 
     Raises:
         UserError: anything that the config, the files or the machine cannot do. Nothing was written then, caches of
             tokenizer and documents excepted.
     """
     run_dir = Path(config.run_dir or f"runs/{config.name}")
-    start_from = _starting_point(run_dir, resume)
+    start_from = _named(run_dir, Path(resume)) if isinstance(resume, str) else _starting_point(run_dir, resume)
     validate_layout(config, topologies.world_size_from_environment(), where)
     check_installed(config.metrics, where)
     backend = backends.select(config.backend)
@@ -72,7 +77,10 @@ def prepare(config: Config, where: str, resume: bool) -> Run:
     model, engine, pipeline = build(config, topology, backend)
     run = Run(config, where, run_dir, backend, topology, tokenizer, training, validation, model, engine, pipeline)
     if start_from is not None:
-        state = checkpoint.load(start_from, model, engine, config, where)
+        try:
+            state = checkpoint.load(start_from, model, engine, config, where)
+        except UserError as error:
+            raise UserError(f"{error}{_way_on(start_from, str(error))}") from error
         run.step, run.tokens = state["step"], state["tokens"]
         training.load_state_dict(state["data"])
     return run
@@ -89,6 +97,27 @@ def _starting_point(run_dir: Path, resume: bool) -> Path | None:
         hint = "add --resume to go on with it, or " if newest else ""
         raise UserError(f"{run_dir}: this run directory exists; {hint}choose another run_dir=... or name=...")
     return None
+
+
+def _named(run_dir: Path, path: Path) -> Path:
+    """The checkpoint that a person names to resume from; only one of the same run will do."""
+    _check_place(run_dir)
+    there = {found.resolve(): found for found in (run_dir / "checkpoints").glob("step-*")}
+    if path.resolve() in there:
+        return there[path.resolve()]
+    listed = ", ".join(sorted(found.name for found in there.values()))
+    remedy = f"give one of those in {run_dir}/checkpoints ({listed})" if there else "start without --resume"
+    raise UserError(f"--resume: {path} is no checkpoint of {run_dir}; {remedy}")
+
+
+def _way_on(damaged: Path, problem: str) -> str:
+    """What to do instead, where a checkpoint is at fault and not the config."""
+    if not problem.startswith(str(damaged)):
+        return ""
+    before = [path for path in damaged.parent.glob("step-*") if checkpoint.step_of(path) < checkpoint.step_of(damaged)]
+    if not before:
+        return "; there is none before it here: start anew with another name=..."
+    return f"; or go on from that one: --resume {max(before, key=checkpoint.step_of)}"
 
 
 def _check_place(run_dir: Path) -> None:

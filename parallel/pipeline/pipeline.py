@@ -45,7 +45,7 @@ class Pipeline:
         schedule: the name of one of `SCHEDULES`; of no account on one rank.
         micro_batches: of every training step.
         hidden: an empty tensor with the shape and dtype of the hidden states of one micro-batch.
-        clock: gets the spans ``forward_backward``, and ``pipeline_wait`` of it.
+        clock: gets the span ``forward_backward``, and what the stages do inside it.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Pipeline:
 
     def train(self, micro_batches: Sequence[Any]) -> None:
         """Forward and backward of every micro-batch; gradients add up."""
+        self.clock.begin()
         with self.clock.span("forward_backward"):
             if self._schedule is None:
                 for batch in micro_batches:

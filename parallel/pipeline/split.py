@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -33,7 +33,7 @@ def parts(counts: Sequence[int]) -> list[Part]:
 def balanced(costs: Sequence[float], before: float, after: float, stages: int) -> list[int]:
     """Layers per stage so that the costliest stage costs as little as it can, and every stage has a layer.
 
-    Among splits that are equally good the early stages are the larger ones.
+    Among splits that are equally good, the one whose stages differ least.
 
     Args:
         costs: of each layer, in any unit.
@@ -45,23 +45,39 @@ def balanced(costs: Sequence[float], before: float, after: float, stages: int) -
     assert 1 <= stages <= layers, "validate_layout of the config comes first"
     ends = [0.0, *accumulate(costs)]
 
-    def cost(first: int, last: int) -> float:
-        """Of a stage that holds layers first to last - 1."""
-        return ends[last] - ends[first] + (before if first == 0 else 0.0) + (after if last == layers else 0.0)
+    def cost(first: int, end: int) -> float:
+        """Of a stage that holds layers first to end - 1."""
+        return ends[end] - ends[first] + (before if first == 0 else 0.0) + (after if end == layers else 0.0)
 
-    # best[n][k]: the smallest possible maximum over k stages that hold the last layers from n on, and the size of
-    # the first of them.
-    best: list[list[tuple[float, int]]] = [[(float("inf"), 0)] * (stages + 1) for _ in range(layers + 1)]
-    for first in range(layers):
-        best[first][1] = (cost(first, layers), layers - first)
-    for k in range(2, stages + 1):
-        for first in range(layers - k + 1):
-            best[first][k] = min(
-                ((max(cost(first, end), best[end][k - 1][0]), end - first) for end in range(first + 1, layers - k + 2)),
-                key=lambda choice: (choice[0], -choice[1]),
-            )
-    counts, first = [], 0
-    for k in range(stages, 0, -1):
-        counts.append(best[first][k][1])
-        first += counts[-1]
+    worst, _ = _split(layers, stages, cost, max)
+    # Equal sums may differ in their last bit.
+    limit = worst * (1 + 1e-9)
+    _, counts = _split(
+        layers,
+        stages,
+        lambda first, end: cost(first, end) ** 2 if cost(first, end) <= limit else float("inf"),
+        lambda one, other: one + other,
+    )
     return counts
+
+
+def _split(
+    layers: int,
+    stages: int,
+    cost: Callable[[int, int], float],
+    together: Callable[[float, float], float],
+) -> tuple[float, list[int]]:
+    """The split with the smallest cost of all stages ``together``, and that cost."""
+    # best[first]: of the stages so far from the end, over layers from first on.
+    best = {first: (cost(first, layers), [layers - first]) for first in range(layers)}
+    for _ in range(stages - 1):
+        best = {
+            first: min(
+                (together(cost(first, end), best[end][0]), [end - first, *best[end][1]])
+                for end in range(first + 1, layers)
+                if end in best
+            )
+            for first in range(layers)
+            if any(end in best for end in range(first + 1, layers))
+        }
+    return best[0]

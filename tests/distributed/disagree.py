@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from backends.errors import UserError
 from launch import train
 from launch.errors import run
+from parallel import agreement
 from parallel.agreement import agree, together
 
 RANK = int(os.environ["RANK"])
@@ -18,6 +20,11 @@ def command(way: str) -> int:
     with together():
         if way == "every rank lacks a file" or (way, RANK) in (("the second lacks a file", 1), ("the first does", 0)):
             raise UserError("data.paths: there is no file there; correct it")
+        if way == "the first takes long":
+            agreement._PATIENCE = 0.5
+            if RANK == 1:
+                raise UserError("data.paths: there is no file there; correct it")
+            time.sleep(4)
         if (way, RANK) == ("the second has a bug", 1):
             raise KeyError("a bug")
         agree({"seed": 0, "train.steps": 30 if (way, RANK) == ("another value", 1) else 20})

@@ -30,10 +30,27 @@ ip link set lo up
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
 ip address add {address}/24 dev eth0
 ip link set eth0 up
-ip route add default via {other}
+ip route add default via {other_address}
 for file in passwd hosts; do mount --bind {folder}/{name}/$file /etc/$file; done
 {start}
 """
+# The first script makes the namespaces of the second host, which lays the cable to process 1, on the first host.
+_CABLES = {
+    "first": "mount -t proc proc /proc; unshare --net --uts --mount sh {folder}/second/host.sh &",
+    "second": "ip link add eth0 type veth peer name eth0 netns 1",
+}
+_STARTS = {
+    "first": f"""{SOMEBODY} {SSHD} -D -f {{folder}}/sshd_config &
+until ssh-keyscan -p {PORT} second 2>/dev/null | grep -q ed25519; do sleep 0.1; done
+{SOMEBODY} "$@"
+""",
+    "second": f"exec {SOMEBODY} {SSHD} -D -f {{folder}}/sshd_config",
+}
+_ADDRESSES = {"first": "10.77.0.1", "second": "10.77.0.2"}
+_FILES = {
+    "hosts": "127.0.0.1 localhost\n127.0.1.1 {name}\n{other_address} {other}\n",
+    "passwd": "somebody:*:1000:1000::{folder}/home:/bin/sh\n",
+}
 _SSHD_CONFIG = """
 Port {port}
 HostKey {folder}/host_key
@@ -67,45 +84,39 @@ def missing() -> str:
     return ""
 
 
+def _write_settings(folder: Path, hidden: Path | None) -> None:
+    """Keys, settings of ssh and sshd, and a folder with a script and some of /etc for each host."""
+    (folder / "home" / ".ssh").mkdir(parents=True, exist_ok=True)
+    for key in ("key", "host_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    public = (folder / "host_key.pub").read_text()
+    (folder / "known_hosts").write_text("".join(f"[{name}]:{PORT} {public}" for name in _ADDRESSES))
+    (folder / "sshd_config").write_text(_SSHD_CONFIG.format(port=PORT, folder=folder))
+    (folder / "home" / ".ssh" / "config").write_text(_SSH_CONFIG.format(port=PORT, folder=folder))
+    for name, other in (("first", "second"), ("second", "first")):
+        values = {"name": name, "other": other, "other_address": _ADDRESSES[other], "folder": folder}
+        (folder / name).mkdir()
+        for file, text in _FILES.items():
+            (folder / name / file).write_text(text.format(**values))
+        cable, start = _CABLES[name].format(**values), _STARTS[name].format(**values)
+        if hidden and name == "second":
+            start = f"mount -t tmpfs none {hidden}\n{start}"
+        script = _HOST.format(**values, address=_ADDRESSES[name], cable=cable, start=start)
+        (folder / name / "host.sh").write_text(script)
+
+
 def run_on_first(folder: Path, command: list[str], timeout: float, hidden: Path | None = None) -> tuple[int, str]:
     """Exit code and output of a command on the host ``first``, from which ssh leads to ``first`` and ``second``.
 
     Both see the files of this machine, but the folder ``hidden`` is empty on the second. ``folder`` is for keys and
-    settings.
+    settings; its ``home`` is the home on both.
     """
-    addresses = {"first": "10.77.0.1", "second": "10.77.0.2"}
-    home = folder / "home"
-    (home / ".ssh").mkdir(parents=True, exist_ok=True)
-    for key in ("key", "host_key"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
-    public = (folder / "host_key.pub").read_text()
-    (folder / "known_hosts").write_text("".join(f"[{name}]:{PORT} {public}" for name in addresses))
-    (folder / "sshd_config").write_text(_SSHD_CONFIG.format(port=PORT, folder=folder))
-    (home / ".ssh" / "config").write_text(_SSH_CONFIG.format(port=PORT, folder=folder))
-    scripts = {}
-    for (name, address), (other, far) in zip(addresses.items(), reversed(addresses.items()), strict=True):
-        (folder / name).mkdir()
-        (folder / name / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{far} {other}\n")
-        (folder / name / "passwd").write_text(f"somebody:*:1000:1000::{home}:/bin/sh\n")
-        scripts[name] = folder / name / "host.sh"
-        cable = start = ""
-        if name == "first":
-            inside = f"unshare --net --uts --mount sh {folder}/second/host.sh"
-            cable = f"mount -t proc proc /proc\n{inside} &"
-            start = f"{SOMEBODY} {SSHD} -D -f {folder}/sshd_config &\n"
-            start += f"until ssh-keyscan -p {PORT} second 2>/dev/null | grep -q ed25519; do sleep 0.1; done\n"
-            start = f'{start}{SOMEBODY} "$@"'
-        else:
-            cable = "ip link add eth0 type veth peer name eth0 netns 1"  # 1: the first process here, on the first host
-            start = f"mount -t tmpfs none {hidden}\n" if hidden else ""
-            start += f"exec {SOMEBODY} {SSHD} -D -f {folder}/sshd_config"
-        scripts[name].write_text(
-            _HOST.format(name=name, address=address, other=far, folder=folder, cable=cable, start=start)
-        )
+    _write_settings(folder, hidden)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
     process = subprocess.Popen(
-        [*NAMESPACES, "sh", str(scripts["first"]), *command],
+        [*NAMESPACES, "sh", f"{folder}/first/host.sh", *command],
         cwd=ROOT,
-        env=environment(HOME=str(home), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"),
+        env=environment(HOME=f"{folder}/home", PATH=path),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

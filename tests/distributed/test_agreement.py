@@ -2,12 +2,14 @@
 
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import backends
-from tests.distributed.ranks import end_of_ranks
+from tests.distributed.ranks import ROOT, end_of_ranks, environment
 from tests.small import small_config
 from trainer.config.schema import Config
 from trainer.data import load_tokenizer, open_data
@@ -43,10 +45,31 @@ def test_all_end_with_what_one_cannot_do_and_the_first_says_it(way: str, line: s
     assert end(way) == [(2, f"moebius: {line}\n"), (2, "")]
 
 
+def test_a_rank_that_is_not_heard_speaks_itself() -> None:
+    line = f"moebius: {SECOND}data.paths: there is no file there; correct it\n"
+    # The first, which hears of it later, speaks as well.
+    assert end("the first takes long") == [(2, line), (2, line)]
+
+
 def test_a_bug_on_one_rank_shows_its_traceback_and_ends_those_that_wait() -> None:
     (code, output), (buggy, traceback) = end("the second has a bug")
     assert (code, output, buggy) == (1, "", 1)
     assert traceback.startswith("Traceback") and traceback.endswith("KeyError: 'a bug'\n")
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ranks = environment(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        command = [sys.executable, "-m", "tests.distributed.disagree", "the same"]
+        ran = subprocess.run(command, cwd=ROOT, env=ranks, capture_output=True, text=True, timeout=120)
+    line = ran.stderr.splitlines()[-1]  # torch warns before
+    assert (ran.returncode, line.partition(";")[0]) == (
+        2,
+        f"moebius: port {port} of 127.0.0.1, where the ranks meet, is in use",
+    )
 
 
 def test_training_with_another_config_on_one_rank(small: Path, tmp_path: Path) -> None:

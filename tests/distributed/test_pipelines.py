@@ -1,4 +1,4 @@
-"""Every schedule of the pipeline trains the model that one process trains, alone and with expert and data parallelism."""
+"""Every pipeline schedule trains the model that one process trains, alone and with expert and data parallelism."""
 
 from pathlib import Path
 

@@ -51,7 +51,7 @@ INSIDE = {
 }
 
 STARTED = {
-    TRAIN: Started(TINY, shows="A sample of what the model writes:"),
+    TRAIN: Started(TINY, shows="A sample of what the model writes, after the beginnings of held-out documents:"),
     "moebius train --config configs/tiny.yaml --resume": Started(
         (*TINY, "train.steps=3"), needs=TRAIN, shows="resuming after step 2"
     ),
@@ -68,6 +68,8 @@ BY_CI = {"make train", "make test", "make test-slow", "make lint"}
 
 NOT_HERE = {
     "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train": "downloads packages",
+    "make train ARGS=--resume": "installs; what it starts is tabled above",
+    'make train ARGS="name=again seed=1"': "installs and takes minutes",
     'make test ARGS="tests/trainer/model"': "runs tests inside a test",
     "source .venv/bin/activate": "changes the shell; here the environment is on the path",
     "python benchmarks/step.py --config configs/bench/qwen3.yaml --peer transformers --profile": "minutes; "

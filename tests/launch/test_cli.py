@@ -50,15 +50,29 @@ def test_version(capfd):
 
 
 def test_help_and_mistyped_commands_import_nothing_heavy():
+    quick = [["--help"], ["trian"], ["generate", "--help"], ["train", "--help"], ["train", "--train.steps=5"]]
+    assert imported(quick) == []
+
+
+def test_a_mistake_in_a_config_is_found_without_torch(config):
+    """Importing it takes seconds."""
+    mistakes = ["model.topk=1", "train.steps=many", "model.moe.top_k=99", "optimizer.lr=.inf"]
+    slow = [["train", "--config", config, mistake] for mistake in mistakes]
+    slow += [["train", "--config", f"{config}.none"], ["generate", "--run", f"{config}.none"]]
+    assert imported(slow) == ["omegaconf"]
+
+
+def imported(commands: list[list[str]]) -> list[str]:
+    """Which heavy packages a process that fails or explains itself in these ways has imported."""
     code = (
         "import sys; from launch.cli import main\n"
-        "for argv in (['--help'], ['trian'], ['generate', '--help']):\n"
-        "    try: main(argv)\n"
+        f"for argv in {commands!r}:\n"
+        "    try: assert main(argv) == 2\n"
         "    except SystemExit: pass\n"
-        "print(sorted({'torch', 'deepspeed', 'rich', 'omegaconf'} & set(sys.modules)), file=sys.stderr)"
+        "print(*sorted({'torch', 'deepspeed', 'rich', 'omegaconf'} & set(sys.modules)), file=sys.stderr)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stderr.splitlines()[-1] == "[]"
+    return ran.stderr.splitlines()[-1].split()
 
 
 def test_unknown_command_is_one_line(capfd):
@@ -83,11 +97,44 @@ def test_missing_config_flag_is_one_line(capfd):
 
 
 def test_train_arguments_in_any_order():
-    args = train_parser().parse_intermixed_args(
+    args = train_parser().parse(
         ["--local_rank=1", "train.steps=5", "--config", "x.yaml", "seed=1", "--resume", "name=a=b"]
     )
     assert args.overrides == ["train.steps=5", "seed=1", "name=a=b"]
     assert (args.config, args.resume, args.sample, args.debug, args.local_rank) == ("x.yaml", True, False, False, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resume"),
+    [
+        ([], False),
+        (["--resume"], True),
+        (["--resume", "--sample"], True),
+        (["--resume", "seed=1"], True),
+        (["--resume", "runs/a/checkpoints/step-000250", "seed=1"], "runs/a/checkpoints/step-000250"),
+        (["--resume=runs/a=b"], "runs/a=b"),
+    ],
+)
+def test_resume_may_name_a_checkpoint(arguments, resume):
+    for given in (["--config", "x", *arguments], [*arguments, "--config=x"]):
+        args = train_parser().parse(given)
+        assert (args.resume, args.overrides) == (resume, ["seed=1"] if "seed=1" in arguments else [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--config", "x", "--train.steps=5"], "'--train.steps=5' is a key, not a flag; write train.steps=5"),
+        (["-train.steps=5"], "'-train.steps=5' is a key, not a flag; write train.steps=5"),
+        (["--train.steps", "5"], "'--train.steps' is a key, not a flag; write train.steps=5"),
+        (["--seed=1"], "'--seed=1' is a key, not a flag; write seed=1"),
+        (["configs/tiny.yaml"], "'configs/tiny.yaml' stands alone; write --config configs/tiny.yaml"),
+        (["--sample", "tiny.yml"], "'tiny.yml' stands alone; write --config tiny.yml"),
+        (["--config", "x.yaml", "--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_arguments_that_are_misspelt_get_the_right_spelling(capfd, arguments, hint):
+    assert moebius(capfd, "train", *arguments) == (2, "", f"moebius: {hint}; see `moebius train --help`\n")
 
 
 @pytest.fixture
@@ -158,7 +205,12 @@ def test_generate_refuses_wrong_arguments(capfd, arguments, problem):
 
 def test_generate_without_a_run(capfd, tmp_path):
     code, _, err = moebius(capfd, "generate", "--run", str(tmp_path / "none"))
-    assert code == 2 and err.startswith(f"moebius: {tmp_path}/none") and err.count("\n") == 1
+    assert code == 2 and err == (
+        f"moebius: {tmp_path}/none: there is no such folder; give a run directory, or a folder inside its "
+        "checkpoints/\n"
+    )
+    code, _, err = moebius(capfd, "generate", "--run", str(tmp_path))
+    assert code == 2 and err.startswith(f"moebius: {tmp_path}: holds no checkpoint") and err.count("\n") == 1
 
 
 def test_plot_of_no_run(capfd, tmp_path):

@@ -67,8 +67,13 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     else:
         (newest / "trainer.json").write_text("{")
     with pytest.raises(
-        UserError, match=r"step-000006.* \(.+\); delete this folder, and the checkpoint before it is the newest"
+        UserError,
+        match=r"step-000006.* \(.+\); delete this folder, and the checkpoint before it is the newest; "
+        r"or go on from that one: --resume .*/a/checkpoints/step-000003$",
     ):
+        resume(small, tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-000003")
+    with pytest.raises(UserError, match=r"; there is none before it here: start anew with another name=\.\.\.$"):
         resume(small, tmp_path / "a")
 
 

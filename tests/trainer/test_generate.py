@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.generate import sample
+from trainer.generate import sample, stream
 
 
 class Letters:
@@ -98,3 +98,32 @@ def test_temperature_shapes_the_distribution():
 def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     assert frequencies(temperature=1.0, top_p=0.73) == 1.0
     assert frequencies(temperature=1.0, top_p=0.74) < 0.8
+
+
+@pytest.mark.parametrize("prompt", ["a", "", "xyz"])
+def test_a_stream_is_the_sample_in_pieces(prompt):
+    settings = {"max_new_tokens": 12, "sequence_length": 100, "temperature": 1.0, "top_p": 1.0, "seed": 3}
+    model = Alphabet(second=0.0)
+    pieces = list(stream(model, Letters(), prompt, **settings))
+    assert pieces[0] == prompt and len(pieces) > 3 and max(map(len, pieces[1:])) == 1
+    assert "".join(pieces) == sample(Alphabet(second=0.0), Letters(), [prompt], **settings)[0]
+
+
+def test_a_stream_gives_a_token_before_the_next_is_drawn():
+    model = Alphabet()
+    pieces = stream(model, Letters(), "a", 5, 100, temperature=0)
+    assert [next(pieces), next(pieces)] == ["a", "b"] and len(model.shapes) == 1
+
+
+class Bytes(Letters):
+    """Each token is half of a character of two bytes."""
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(bytes([0xC3]) if place % 2 == 0 else bytes([0xA9]) for place in range(len(ids))).decode(
+            errors="replace"
+        )
+
+
+def test_half_a_character_waits_for_the_other_half():
+    pieces = list(stream(Alphabet(), Bytes(), "ab", 5, 100, temperature=0))
+    assert [piece for piece in pieces if piece] == ["é", "é", "é", "\ufffd"]

@@ -19,7 +19,7 @@ from trainer.setup import Run, prepare
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-def train(small: Path, run_dir: Path, *overrides: str, resume: bool = False) -> Run:
+def train(small: Path, run_dir: Path, *overrides: str, resume: bool | str = False) -> Run:
     config = small_config(small, f"run_dir={run_dir}", *overrides)
     run = prepare(config, str(small), resume)
     Loop(run).train()
@@ -170,6 +170,29 @@ def test_resume_needs_a_checkpoint(small: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no checkpoint to resume from; start without --resume"):
         train(small, tmp_path / "nothing", resume=True)
     assert not (tmp_path / "nothing").exists()
+
+
+def test_resume_from_a_checkpoint_by_name(small: Path, tmp_path: Path, whole: tuple[Path, dict]) -> None:
+    shutil.copytree(whole[0], tmp_path / "a")
+    earlier = tmp_path / "a" / "checkpoints" / "step-000014"
+    prepared = prepare(small_config(small, f"run_dir={tmp_path}/a"), str(small), os.path.relpath(earlier))
+    assert prepared.step == 14
+    run = train(small, tmp_path / "a", resume=f"{earlier}/")
+    assert losses(tmp_path / "a") == losses(whole[0])
+    assert all(torch.equal(whole[1][name], value) for name, value in weights(run).items())
+
+
+def test_resume_from_what_is_no_checkpoint_of_the_run(small: Path, tmp_path: Path, whole: tuple[Path, dict]) -> None:
+    shutil.copytree(whole[0], tmp_path / "a")
+    for other in (whole[0] / "checkpoints" / "step-000014", tmp_path / "a", tmp_path / "a/checkpoints/step-000015"):
+        with pytest.raises(UserError) as raised:
+            train(small, tmp_path / "a", resume=str(other))
+        assert str(raised.value) == (
+            f"--resume: {other} is no checkpoint of {tmp_path}/a; give one of those in {tmp_path}/a/checkpoints "
+            "(step-000014, step-000020)"
+        )
+    with pytest.raises(UserError, match="is no checkpoint of .*/none; start without --resume"):
+        train(small, tmp_path / "none", resume=str(tmp_path))
 
 
 def test_nothing_is_left_behind_by_a_refused_run(small: Path, tmp_path: Path) -> None:

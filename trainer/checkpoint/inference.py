@@ -1,6 +1,5 @@
 """A trained model on one device, ready to be called."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from backends.base import Backend
@@ -8,7 +7,7 @@ from backends.errors import UserError
 from trainer.checkpoint.store import CONFIG, STATE, TOKENIZER, load_weights, newest
 from trainer.config.load import load_config
 from trainer.config.schema import Config
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer, saved_tokenizer
 from trainer.model import MoETransformer
 from trainer.precision import weights_dtype
 
@@ -27,8 +26,7 @@ def load_for_inference(place: str, backend: Backend) -> tuple[MoETransformer, To
     if checkpoint is None:
         raise UserError(f"{place}: holds no checkpoint; give a run directory or a folder inside its checkpoints/")
     config = load_config(str(checkpoint / CONFIG), [])
-    config.data.tokenizer = replace(config.data.tokenizer, path=str(checkpoint / TOKENIZER))
-    tokenizer = load_tokenizer(config.data, str(checkpoint / CONFIG))
+    tokenizer = saved_tokenizer(checkpoint / TOKENIZER, config.data.tokenizer.end_of_document)
     dtype = weights_dtype(config.train.precision)
     model = MoETransformer(config.model, backend.ops, device=backend.device, dtype=dtype)
     load_weights(checkpoint, model)

@@ -11,11 +11,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from backends.errors import UserError
 from trainer.config.catalogue import Key, as_yaml, sections
+from trainer.config.origins import COMMAND_LINE, Origins
 from trainer.config.schema import Config
 from trainer.config.validate import validate
 
 BASE = "base"  # the one top-level key that is not in the schema: a file to start from
-COMMAND_LINE = "command line"
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
@@ -27,11 +27,16 @@ def load_config(path: str, overrides: list[str]) -> Config:
     Raises:
         UserError: one line with the file (or "command line"), the full key and the remedy.
     """
+    return load_with_origins(path, overrides)[0]
+
+
+def load_with_origins(path: str, overrides: list[str]) -> tuple[Config, Origins]:
+    """Like :func:`load_config`, with the place that each key came from, for what is found wrong with it later."""
     catalogue = list(sections(Config))
     keys = {key.path: key for section in catalogue for key in section.keys}
     section_paths = {section.path for section in catalogue}
     config = OmegaConf.structured(Config)
-    origin: dict[str, str] = {}
+    origins = Origins(path)
     for where, name, value in [*_from_file(path), *_from_overrides(overrides)]:
         if name in section_paths:
             if value in (None, {}):
@@ -40,11 +45,12 @@ def load_config(path: str, overrides: list[str]) -> Config:
             raise UserError(f"{where}: {name}: {value!r} is not a section; set a key inside it, such as {example}")
         if name not in keys:
             raise UserError(f"{where}: unknown key '{name}'; {_nearest(name, keys)}")
-        _assign(config, keys[name], value, where)
-        origin[name] = where
-    result = _resolve(config, keys, origin, path)
-    validate(result, f"{path} + {COMMAND_LINE}" if overrides else path)
-    return result
+        _assign(config, keys[name], value, where, origins)
+        origins.add(name, where, value)
+    result = _resolve(config, keys, origins)
+    with origins.named():
+        validate(result, path)
+    return result, origins
 
 
 def dump_config(config: Config) -> str:
@@ -109,19 +115,21 @@ def _from_overrides(overrides: list[str]) -> Iterator[tuple[str, str, Any]]:
         yield from ((COMMAND_LINE, *leaf) for leaf in _leaves({name: cast(dict[str, Any], value)["value"]}))
 
 
-def _assign(config: DictConfig, key: Key, value: Any, where: str) -> None:
+def _assign(config: DictConfig, key: Key, value: Any, where: str, origins: Origins) -> None:
     try:
         OmegaConf.update(config, key.path, value, merge=False)
     except OmegaConfBaseException:
         shown = repr(value) if isinstance(value, str) else as_yaml(value)
-        remedy = f"write [{value}]" if key.kind is list else f"the default is {as_yaml(key.default)}"
+        had = origins.given(key.path)
+        instead = f"{had[0]} has {as_yaml(had[1])}" if had else f"the default is {as_yaml(key.default)}"
+        remedy = f"write [{value}]" if key.kind is list else instead
         raise UserError(f"{where}: {key.path}: {shown} is not {key.wants}; {remedy}") from None
 
 
-def _resolve(config: DictConfig, keys: dict[str, Key], origin: dict[str, str], path: str) -> Config:
+def _resolve(config: DictConfig, keys: dict[str, Key], origins: Origins) -> Config:
     """The dataclass, with `${other.key}` replaced by the other key's value."""
     for key in keys.values():
-        where = origin.get(key.path, path)
+        where = origins.of(key.path)
         try:
             value = OmegaConf.select(config, key.path, throw_on_missing=True)
         except MissingMandatoryValue:

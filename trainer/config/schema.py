@@ -96,6 +96,7 @@ class MetricsConfig:
     csv: bool = key(False, "write CSV files through DeepSpeed's monitor")
     wandb: bool = key(False, "send metrics to Weights & Biases through DeepSpeed's monitor")
     wandb_project: str = key("moebius", "Weights & Biases project")
+    trace_step: int = key(0, "step whose pipeline `moebius pipeline --trace` is to draw; 0: none")
     peak_tflops: float = key(0.0, "peak TFLOP/s of one device for MFU; 0 takes the published or measured figure")
 
 

@@ -1,11 +1,43 @@
 """Checks that types cannot express: ranges, and keys that must agree with each other."""
 
-import math
-from collections.abc import Callable
-
 from backends.errors import UserError
-from parallel.pipeline.order import check
+from parallel.pipeline.order import SCHEDULES, check
+from trainer.config.ranges import COUNT, NATURAL, POSITIVE, Rule, check_ranges
 from trainer.config.schema import Config
+
+_DECAY = Rule(lambda value: 0 <= value < 1, "it must be at least 0 and below 1")
+
+# The model's own are in ModelConfig.validate.
+_RANGES = {
+    "seed": NATURAL,
+    "data.sequence_length": COUNT,
+    "data.validation_fraction": Rule(lambda value: 0 < value < 1, "it must be above 0 and below 1"),
+    "data.tokenizer.vocab_size": Rule(
+        lambda value: value >= 257, "it must be at least 257: 256 bytes and the end token"
+    ),
+    "optimizer.lr": POSITIVE,
+    "optimizer.beta1": _DECAY,
+    "optimizer.beta2": _DECAY,
+    "optimizer.eps": POSITIVE,
+    "optimizer.weight_decay": NATURAL,
+    "optimizer.clip_norm": NATURAL,
+    "schedule.warmup_steps": NATURAL,
+    "schedule.decay_steps": NATURAL,
+    "schedule.min_ratio": Rule(lambda value: 0 <= value <= 1, "it must lie between 0 and 1"),
+    "train.steps": COUNT,
+    "train.global_batch_tokens": COUNT,
+    "train.micro_batch_size": COUNT,
+    "train.eval_every": NATURAL,
+    "train.eval_sequences": NATURAL,
+    "train.log_every": COUNT,
+    "parallel.expert": COUNT,
+    "parallel.pipeline": COUNT,
+    "parallel.stages_per_rank": NATURAL,
+    "checkpoint.every": NATURAL,
+    "checkpoint.keep": NATURAL,
+    "metrics.peak_tflops": NATURAL,
+    "metrics.trace_step": NATURAL,
+}
 
 
 def validate(config: Config, where: str) -> None:
@@ -16,7 +48,7 @@ def validate(config: Config, where: str) -> None:
     """
     config.model.validate(where)
     _check_name(config, where)
-    _check_ranges(config, where)
+    check_ranges(config, _RANGES, where)
     _check_data(config, where)
     _check_batch(config, where)
     _check_schedule(config, where)
@@ -79,6 +111,14 @@ def _check_pipeline(config: Config, world_size: int, where: str) -> None:
         )
     if layout.pipeline == 1:
         return
+    chunks = SCHEDULES[layout.schedule].chunks
+    if chunks is not None and layout.stages_per_rank not in (0, chunks):
+        _refuse(
+            where,
+            "parallel.stages_per_rank",
+            f"is {layout.stages_per_rank}, but parallel.schedule={layout.schedule} has {chunks} on each rank",
+            f"use {chunks} or 0",
+        )
     if layout.stages > layers:
         _refuse(
             where,
@@ -102,64 +142,10 @@ def _check_schedule_order(config: Config, micro_batches: int, where: str) -> Non
     try:
         check(layout.schedule, layout.pipeline, micro_batches, layout.stages // layout.pipeline)
     except ValueError as error:
-        raise UserError(f"{where}: parallel.schedule: {error}") from error
-
-
-def _check_ranges(config: Config, where: str) -> None:
-    """One rule a key: what must hold of the value, and that in words."""
-    count = (lambda value: value >= 1, "it must be at least 1")
-    natural = (lambda value: value >= 0, "it must be 0 or more")
-    positive = (lambda value: value > 0, "it must be above 0")
-    share = (lambda value: 0 <= value <= 1, "it must lie between 0 and 1")
-    decay = (lambda value: 0 <= value < 1, "it must be at least 0 and below 1")
-    rules: dict[str, tuple[Callable[[float], bool], str]] = {
-        "seed": natural,
-        "model.mtp_layers": natural,
-        "model.mtp_loss": natural,
-        "model.norm_eps": positive,
-        "model.init_std": positive,
-        "model.rope.theta": positive,
-        "model.rope.yarn.factor": (lambda value: value >= 1, "it must be at least 1; 1 switches YaRN off"),
-        "model.moe.num_experts": natural,
-        "model.moe.expert_hidden_size": count,
-        "model.moe.num_shared_experts": natural,
-        "model.moe.expert_bias_rate": natural,
-        "model.moe.aux_loss": natural,
-        "model.moe.z_loss": natural,
-        "data.sequence_length": count,
-        "data.validation_fraction": (lambda value: 0 < value < 1, "it must be above 0 and below 1"),
-        "data.tokenizer.vocab_size": (
-            lambda value: value >= 257,
-            "it must be at least 257: 256 bytes and the end token",
-        ),
-        "optimizer.lr": positive,
-        "optimizer.beta1": decay,
-        "optimizer.beta2": decay,
-        "optimizer.eps": positive,
-        "optimizer.weight_decay": natural,
-        "optimizer.clip_norm": natural,
-        "schedule.warmup_steps": natural,
-        "schedule.decay_steps": natural,
-        "schedule.min_ratio": share,
-        "train.steps": count,
-        "train.global_batch_tokens": count,
-        "train.micro_batch_size": count,
-        "train.eval_every": natural,
-        "train.eval_sequences": natural,
-        "train.log_every": count,
-        "parallel.expert": count,
-        "parallel.pipeline": count,
-        "parallel.stages_per_rank": natural,
-        "checkpoint.every": natural,
-        "checkpoint.keep": natural,
-        "metrics.peak_tflops": natural,
-    }
-    for key, (holds, remedy) in rules.items():
-        value: float = config  # type: ignore[assignment]
-        for part in key.split("."):
-            value = getattr(value, part)
-        if not math.isfinite(value) or not holds(value):
-            _refuse(where, key, f"is {value:g}" if isinstance(value, float) else f"is {value}", remedy)
+        raise UserError(
+            f"{where}: parallel.schedule: {error}; there are train.global_batch_tokens / (data.sequence_length * "
+            f"data-parallel ranks * train.micro_batch_size) = {micro_batches}"
+        ) from error
 
 
 def _check_name(config: Config, where: str) -> None:

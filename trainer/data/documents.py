@@ -1,8 +1,13 @@
 """What a document is, and the two halves, training and validation, that a source is divided into."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
+
+_LOOKED_AT = 100_000  # documents among which both halves find one, unless the fraction is out of proportion
 
 
 class Document(NamedTuple):
@@ -40,10 +45,27 @@ class Source(Protocol):
         ...
 
 
-def is_held_out(name: str, fraction: float) -> bool:
-    """Whether the document called ``name`` belongs to a validation share of ``fraction``: its hash alone decides."""
+def hash_of(name: str) -> int:
+    """64 bits of a document's name, which alone decide whether it is held out."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return int.from_bytes(digest, "big")
+
+
+def bound(names: Iterable[str], fraction: float) -> int:
+    """Documents whose hash lies below this are held out: ``fraction`` of all hashes.
+
+    Where that would give one half nothing, the bound moves just so far that each has a document. ``names`` are read
+    until both have one, which takes few of them, or until there are too many to call the corpus small.
+    """
+    wanted = math.ceil(fraction * 2**64)
+    smallest, largest, seen = 2**64, -1, 0
+    for name in islice(names, _LOOKED_AT):
+        smallest, largest, seen = min(smallest, hash_of(name)), max(largest, hash_of(name)), seen + 1
+        if smallest < wanted <= largest:
+            return wanted
+    if smallest >= largest or seen == _LOOKED_AT:  # a single document or none cannot be divided
+        return wanted
+    return smallest + 1 if smallest >= wanted else largest
 
 
 class Documents:
@@ -70,7 +92,11 @@ class Documents:
         stream = self.source.open(state)
         if self.held_out is None:
             return stream
-        return _HalfStream(stream, lambda name: is_held_out(name, self.fraction) == self.held_out)
+        return _HalfStream(stream, lambda name: (hash_of(name) < self._bound) == self.held_out)
+
+    @cached_property
+    def _bound(self) -> int:
+        return bound((document.name for document in self.source.open()), self.fraction)
 
 
 class _HalfStream:

@@ -27,6 +27,10 @@ class PackedReader(SequenceReader):
     def num_sequences(self) -> int:
         return self._count
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        return len(self._corpus.starts_D), len(self._corpus.tokens_N)
+
     def restart(self) -> None:
         self.position = 0
 

@@ -79,13 +79,13 @@ def packed_corpus(documents: Documents, tokenizer: Tokenizer, config: DataConfig
 
     Raises UserError if a document cannot be read or the cache cannot be written.
     """
-    key = fingerprint("packed 1", documents.identity(), tokenizer.fingerprint, tokenizers.__version__)
+    key = fingerprint("packed 2", documents.identity(), tokenizer.fingerprint, tokenizers.__version__)
     folder = cache_folder(config.cache_dir, "tokens", key)
     return PackedCorpus(build_once(folder, lambda partial: _write(partial, documents, tokenizer), where), where)
 
 
 def _write(folder: Path, documents: Documents, tokenizer: Tokenizer) -> None:
-    logger.info("tokenizing the %s documents", documents.half or "given")
+    logger.info("tokenizing the %s documents ...", documents.half.partition(" ")[0] or "given")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     content = hashlib.blake2b(digest_size=16)
     starts, length = array("q"), 0
@@ -99,4 +99,3 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer) -> None:
     np.save(folder / "starts.npy", np.frombuffer(starts, dtype=np.int64) if starts else np.zeros(0, np.int64))
     about = {"dtype": dtype.str, "tokens": length, "documents": len(starts), "fingerprint": content.hexdigest()}
     (folder / "about.json").write_text(json.dumps(about))
-    logger.info("%d documents are %d tokens", len(starts), length)

@@ -1,12 +1,14 @@
 """Training and validation sequences of a run."""
 
+from itertools import islice
+
 from backends.errors import UserError
 from trainer.config.schema import DataConfig
 from trainer.data.documents import Documents
 from trainer.data.packed import PackedReader
 from trainer.data.packing import packed_corpus
 from trainer.data.sequences import Order, SequenceReader
-from trainer.data.sources import require_documents, training_documents, validation_documents
+from trainer.data.sources import require_documents, too_short, training_documents, validation_documents
 from trainer.data.streaming import StreamReader
 from trainer.data.tokenizer import Tokenizer
 
@@ -25,7 +27,7 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, seed: int, where: str) -
 
     Raises:
         UserError: for documents that cannot be read, a cache that cannot be written, or a half of the corpus that
-            does not fill one sequence (when streaming: at the first read).
+            does not fill one sequence (when streaming, the last at the first read).
     """
     if config.sequence_length < 1:
         raise UserError(f"{where}: data.sequence_length: is {config.sequence_length}; it must be at least 1")
@@ -42,14 +44,13 @@ def _reader(
 ) -> SequenceReader:
     length = config.sequence_length
     if config.streaming:
+        require_documents(len(list(islice(documents.open(), 1))), held_out, config, where)
         order = Order(True, tokenizer.fingerprint, documents.signature(), length, seed)
         return StreamReader(documents, tokenizer, order, held_out, config, where)
     corpus = packed_corpus(documents, tokenizer, config, where)
     require_documents(len(corpus.starts_D), held_out, config, where)
     if not corpus.num_sequences(length):
-        raise UserError(
-            f"{where}: data.sequence_length: the {len(corpus.tokens_N)} {'validation' if held_out else 'training'} "
-            f"tokens do not fill one sequence of {length} tokens and the next; lower it or give more text"
-        )
+        what = f"{len(corpus.tokens_N)} {'validation' if held_out else 'training'} tokens"
+        raise too_short(what, held_out, config, where)
     order = Order(False, tokenizer.fingerprint, corpus.fingerprint, length, seed)
     return PackedReader(corpus, order, not held_out, config.reset_at_documents, where)

@@ -53,6 +53,11 @@ class SequenceReader(ABC):
     def num_sequences(self) -> int | None:
         """Sequences of one epoch; None when streaming, where nobody knows."""
 
+    @property
+    @abstractmethod
+    def extent(self) -> tuple[int, int] | None:
+        """(documents, tokens) of the corpus; None when streaming."""
+
     @abstractmethod
     def restart(self) -> None:
         """Go back to the first sequence."""

@@ -1,6 +1,7 @@
 """From a :class:`DataConfig` to its training and its validation documents."""
 
 import os
+from itertools import islice
 
 from backends.errors import UserError
 from trainer.config.schema import DataConfig
@@ -29,7 +30,8 @@ def training_documents(config: DataConfig, where: str) -> Documents:
 def validation_documents(config: DataConfig, where: str) -> Documents:
     """The documents of ``data.validation_paths`` (for a hub dataset: another split of it), or the held-out ones.
 
-    Held out are the documents whose name hashes below ``data.validation_fraction``, whatever the seed or layout.
+    Held out are the documents whose name hashes below ``data.validation_fraction``, whatever the seed or layout; of
+    a few documents at least one, but not all.
     Raises UserError like :func:`training_documents`, and if a validation file is a training file too.
     """
     if not config.validation_paths:
@@ -44,10 +46,24 @@ def require_documents(count: int, held_out: bool, config: DataConfig, where: str
     if config.validation_paths:
         key = "validation_paths" if held_out else "paths"
         raise UserError(f"{where}: data.{key}: hold no document; give files with text in them")
+    if len(list(islice(_source(config, where).open(), 2))) < 2:
+        raise UserError(
+            f"{where}: data.paths: hold fewer than two documents, one to train on and one to hold out; give more of "
+            "them, or name held-out files in data.validation_paths"
+        )
     half, remedy = ("validation", "raise") if held_out else ("training", "lower")
     raise UserError(
         f"{where}: data.validation_fraction: {config.validation_fraction:g} leaves no {half} document; {remedy} it, "
         "or name held-out files in data.validation_paths"
+    )
+
+
+def too_short(what: str, held_out: bool, config: DataConfig, where: str) -> UserError:
+    """The error of a half of the corpus, ``what``, that does not fill one sequence."""
+    fraction = "raise data.validation_fraction, " if held_out and not config.validation_paths else ""
+    return UserError(
+        f"{where}: data.sequence_length: the {what} do not fill one sequence of {config.sequence_length} tokens and "
+        f"the next; lower it, {fraction}or give more text"
     )
 
 

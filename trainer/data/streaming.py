@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from backends.errors import UserError
 from trainer.config.schema import DataConfig
 from trainer.data.documents import Documents
 from trainer.data.packed import permutation
 from trainer.data.packing import encoded
 from trainer.data.sequences import Order, SequenceReader
-from trainer.data.sources import require_documents
+from trainer.data.sources import too_short
 from trainer.data.tokenizer import Tokenizer
 
 # Documents between two recorded places of the source: what a resumed run reads again at most.
@@ -54,6 +53,10 @@ class StreamReader(SequenceReader):
 
     @property
     def num_sequences(self) -> None:
+        return None
+
+    @property
+    def extent(self) -> None:
         return None
 
     def restart(self) -> None:
@@ -150,12 +153,8 @@ class StreamReader(SequenceReader):
         """Raise UserError if a whole epoch gave nothing: without this, a reader that wraps would never return."""
         if self._taken or self._resumed is not _START:
             return
-        require_documents(self._number, self._held_out, self._config, self.where)
-        half = "validation" if self._held_out else "training"
-        raise UserError(
-            f"{self.where}: data.sequence_length: the {half} documents do not fill one sequence of "
-            f"{self.order.sequence_length} tokens and the next; lower it or give more text"
-        )
+        what = f"{'validation' if self._held_out else 'training'} documents"
+        raise too_short(what, self._held_out, self._config, self.where)
 
     def _place(self) -> dict[str, Any]:
         # Between two sequences at least the token that the last one predicted is in front of us.

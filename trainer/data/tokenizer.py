@@ -116,6 +116,19 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) ->
         )
 
 
+def saved_tokenizer(path: Path, end_of_document: str) -> Tokenizer:
+    """The tokenizer that a checkpoint keeps. Raises UserError if it is missing or damaged."""
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+        whole = inner.token_to_id(end_of_document) is not None
+    except Exception:  # the library raises bare Exception
+        whole = False
+    if not whole:
+        problem = "is damaged" if path.is_file() else "is missing"
+        raise UserError(f"{path}: {problem}; copy it from another checkpoint of the same run")
+    return Tokenizer(inner, end_of_document)
+
+
 def _from_file(path: Path, end_of_document: str, where: str) -> Tokenizer:
     if not path.is_file():
         raise UserError(
@@ -138,7 +151,7 @@ def _from_file(path: Path, end_of_document: str, where: str) -> Tokenizer:
 
 
 def _train(documents: Documents, config: DataConfig, where: str) -> tokenizers.Tokenizer:
-    logger.info("training a tokenizer of %d entries", config.tokenizer.vocab_size)
+    logger.info("training a tokenizer of %d entries ...", config.tokenizer.vocab_size)
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()

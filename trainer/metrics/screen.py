@@ -2,28 +2,33 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.progress import Progress, ProgressColumn, Task
 from rich.table import Column
+from rich.text import Text
 
 from trainer.metrics.units import duration, si
 
+# What matters most comes first: a narrow terminal shows as many as fit.
 _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("loss", lambda value: f"loss {value:7.4f}"),
-    ("grad_norm", lambda value: f"grad {value:7.3f}"),
-    ("lr", lambda value: f"lr {value:.2e}"),
+    ("seconds_left", lambda value: f"left {duration(value):>7}"),
     ("tokens_per_second", lambda value: f"{si(value):>5} tok/s"),
     ("mfu", lambda value: f"MFU {100 * value:4.1f}%"),
+    ("grad_norm", lambda value: f"grad {value:7.3f}"),
+    ("lr", lambda value: f"lr {value:.2e}"),
     ("memory_gib", lambda value: f"{value:6.2f} GiB"),
-    ("seconds_left", lambda value: f"left {duration(value):>7}"),
 )
+_GAP = "  "
 
 
-def describe(record: dict[str, Any]) -> str:
-    """The figures of a step record that fit on one line, in aligned columns; those it lacks are left out."""
-    return "  ".join(show(record[name]) for name, show in _COLUMNS if record.get(name) is not None)
+def figures(record: dict[str, Any], total_steps: int) -> list[str]:
+    """The figures of a step record for one line, each of its own width; those it lacks are left out."""
+    step = f"step {record['step']:>{len(str(total_steps))}}/{total_steps}"
+    return [step, *(show(record[name]) for name, show in _COLUMNS if record.get(name) is not None)]
 
 
 def describe_evaluation(record: dict[str, Any]) -> str:
@@ -44,7 +49,7 @@ class Lines:
             self.message(f"resuming after step {start_step}")
 
     def step(self, record: dict[str, Any]) -> None:
-        self.message(f"step {record['step']:>{len(str(self._total))}}/{self._total}  {describe(record)}")
+        self.message(_GAP.join(figures(record, self._total)))
 
     def message(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -53,22 +58,42 @@ class Lines:
         self._stream.flush()
 
 
+@dataclass
+class _Fitted:
+    """As many of the parts as the width allows, the first ones first."""
+
+    parts: list[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = self.parts[0]
+        for part in self.parts[1:]:
+            if len(shown + _GAP + part) > options.max_width:
+                break
+            shown += _GAP + part
+        yield Text(shown, no_wrap=True, overflow="crop", end="")
+
+
+class _Figures(ProgressColumn):
+    def render(self, task: Task) -> _Fitted:
+        return _Fitted(task.fields["parts"])
+
+
 class ProgressLine:
     """One line that rewrites itself at the bottom of a terminal; messages scroll above it."""
 
     def __init__(self, total_steps: int, start_step: int, stream: TextIO) -> None:
-        line = TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-        steps = TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True))
+        self._total = total_steps
         self._progress = Progress(
-            BarColumn(bar_width=12), steps, line, console=Console(file=stream), expand=True, refresh_per_second=4
+            _Figures(Column(ratio=1)), console=Console(file=stream), expand=True, refresh_per_second=4
         )
-        self._task = self._progress.add_task("", total=total_steps, completed=start_step, line="first step ...")
+        parts = [*figures({"step": start_step}, total_steps), "the next one is running ..."]
+        self._task = self._progress.add_task("", total=None, parts=parts)
         self._progress.start()
         # Rich hides the cursor until it is stopped, which a process that is killed never does.
         self._progress.console.show_cursor(True)
 
     def step(self, record: dict[str, Any]) -> None:
-        self._progress.update(self._task, completed=record["step"], line=describe(record))
+        self._progress.update(self._task, parts=figures(record, self._total))
 
     def message(self, text: str) -> None:
         self._progress.console.print(text, markup=False, highlight=False)

@@ -4,11 +4,11 @@ Every published family is a choice of these values; none is a subclass.
 """
 
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Optional
 
 from backends.errors import UserError
 from trainer.config.key import key
+from trainer.config.ranges import COUNT, FINITE, NATURAL, POSITIVE, Rule, check_ranges
 
 
 @dataclass
@@ -122,19 +122,10 @@ class ModelConfig:
         def refuse(name: str, problem: str, remedy: str) -> None:
             raise UserError(f"{where}: model.{name}: {problem}; {remedy}")
 
-        def at_least(least: int, *names: str) -> None:
-            for name in names:
-                value = attrgetter(name)(self)
-                if value < least:
-                    refuse(name, f"is {value}", f"it must be at least {least}")
-
-        at_least(1, "vocab_size", "hidden_size", "num_layers", "dense_hidden_size", "attention.num_heads")
-        if attention.kind == "gqa":
-            at_least(1, "attention.head_dim")
-        else:
-            at_least(0, "attention.q_lora_rank", "attention.qk_nope_head_dim")
-            at_least(1, "attention.kv_lora_rank", "attention.qk_rope_head_dim", "attention.v_head_dim")
-        at_least(1, "rope.yarn.original_max_position")
+        check_ranges(self, _RANGES, where, "model.")
+        check_ranges(self, _GQA_RANGES if attention.kind == "gqa" else _MLA_RANGES, where, "model.")
+        if moe.num_experts > 0:
+            check_ranges(self, _MOE_RANGES, where, "model.")
         if not 0 <= self.dense_layers <= self.num_layers:
             refuse("dense_layers", f"is {self.dense_layers}", f"it must lie between 0 and num_layers={self.num_layers}")
         if attention.kind == "gqa" and (attention.num_kv_heads < 1 or attention.num_heads % attention.num_kv_heads):
@@ -144,14 +135,10 @@ class ModelConfig:
                 "choose a divisor",
             )
         rotated = attention.qk_rope_head_dim if attention.kind == "mla" else attention.head_dim * self.rope.fraction
-        if not 0 < self.rope.fraction <= 1:
-            refuse("rope.fraction", f"is {self.rope.fraction:g}", "it must be above 0 and at most 1")
         if rotated % 2:
             name = "attention.qk_rope_head_dim" if attention.kind == "mla" else "rope.fraction"
             refuse(name, f"rotates {rotated:g} dimensions of a head", "the number must be even and above 0")
         if moe.num_experts > 0:
-            if not moe.scale > 0:
-                refuse("moe.scale", f"is {moe.scale:g}", "it must be above 0")
             if not 1 <= moe.top_k <= moe.num_experts:
                 refuse(
                     "moe.top_k",
@@ -172,5 +159,44 @@ class ModelConfig:
                     f"{moe.top_k} experts do not fit in top_groups={moe.top_groups} groups",
                     "raise top_groups or lower top_k",
                 )
-            if moe.capacity_factor is not None and moe.capacity_factor <= 0:
-                refuse("moe.capacity_factor", f"is {moe.capacity_factor}", "set it above 0, or to null for dropless")
+
+
+_RANGES = {
+    "vocab_size": COUNT,
+    "hidden_size": COUNT,
+    "num_layers": COUNT,
+    "dense_hidden_size": COUNT,
+    "mtp_layers": NATURAL,
+    "mtp_loss": NATURAL,
+    "norm_eps": POSITIVE,
+    "init_std": POSITIVE,
+    "attention.num_heads": COUNT,
+    "rope.theta": POSITIVE,
+    "rope.fraction": Rule(lambda value: 0 < value <= 1, "it must be above 0 and at most 1"),
+    "rope.yarn.factor": Rule(lambda value: value >= 1, "it must be at least 1; 1 switches YaRN off"),
+    "rope.yarn.original_max_position": COUNT,
+    "rope.yarn.beta_fast": FINITE,
+    "rope.yarn.beta_slow": FINITE,
+    "rope.yarn.mscale": FINITE,
+    "rope.yarn.mscale_all_dim": FINITE,
+    "moe.num_experts": NATURAL,
+}
+_GQA_RANGES = {"attention.head_dim": COUNT}
+_MLA_RANGES = {
+    "attention.q_lora_rank": NATURAL,
+    "attention.kv_lora_rank": COUNT,
+    "attention.qk_nope_head_dim": NATURAL,
+    "attention.qk_rope_head_dim": COUNT,
+    "attention.v_head_dim": COUNT,
+}
+_MOE_RANGES = {
+    "moe.expert_hidden_size": COUNT,
+    "moe.num_shared_experts": NATURAL,
+    "moe.scale": POSITIVE,
+    "moe.expert_bias_rate": NATURAL,
+    "moe.aux_loss": NATURAL,
+    "moe.z_loss": NATURAL,
+    "moe.capacity_factor": Rule(
+        lambda value: value is None or value > 0, "set it above 0, or to null, which drops no token"
+    ),
+}

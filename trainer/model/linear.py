@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backends.functions.rows import accumulation_dtype
 from backends.operations import Operations
 
 
@@ -48,4 +49,4 @@ class SwiGLU(nn.Module):
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """``x`` in fp32, or in fp64 if it is fp64 already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(accumulation_dtype(x.dtype))

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from backends.errors import UserError
+from trainer.config.catalogue import sections
 from trainer.config.load import dump_config, load_config
+from trainer.config.origins import Origins
 from trainer.config.schema import Config
 
 
@@ -170,3 +172,57 @@ def test_wrong_value_in_a_file(write):
 
 def test_the_file_is_at_fault_even_when_something_else_is_overridden(write):
     assert message(write("train: {steps: abc}"), "seed=1").startswith("run.yaml: train.steps: 'abc'")
+
+
+def test_a_wrong_type_is_told_what_the_file_has(write):
+    path = write("train: {steps: 500}\noptimizer: {lr: 3e-4}")
+    assert message(path, "train.steps=many") == "command line: train.steps: 'many' is not an integer; run.yaml has 500"
+    assert message(path, "optimizer.lr=fast") == (
+        "command line: optimizer.lr: 'fast' is not a number; run.yaml has 0.0003"
+    )
+
+
+def test_a_value_out_of_range_is_blamed_on_whoever_set_it(write):
+    write("seed: 3\ntrain: {log_every: 0}", "parent.yaml")
+    path = write("base: parent.yaml\nmodel: {moe: {top_k: 2, num_experts: 4}}\nschedule: {warmup_steps: 60}")
+    assert message(path) == "parent.yaml: train.log_every: is 0; it must be at least 1"
+    path = write("model: {moe: {top_k: 2, num_experts: 4}}\nschedule: {warmup_steps: 60}")
+    assert message(path, "seed=-1") == "command line: seed: is -1; it must be 0 or more"
+    assert message(path, "model.moe.top_k=5").startswith("command line: model.moe.top_k: 5 is more than num_experts=4;")
+    # The command line set the other key of the two.
+    assert message(path, "model.moe.num_experts=1").startswith("run.yaml + command line: model.moe.top_k: 2 is more")
+    assert message(path, "schedule.kind=wsd", "schedule.decay_steps=50", "train.steps=100").startswith(
+        "run.yaml + command line: schedule.warmup_steps + schedule.decay_steps: 110 steps are more than train.steps=100"
+    )
+    # A key that nobody set is the file's to set.
+    assert message(write(""), "data.source=text").startswith("run.yaml + command line: data.paths: is empty")
+    assert message(write("data: {source: text}"), "seed=1").startswith("run.yaml: data.paths: is empty")
+
+
+def every_key() -> list[str]:
+    return [key.path for section in sections(Config) for key in section.keys]
+
+
+@pytest.mark.parametrize("key", every_key())
+def test_every_key_of_the_command_line_is_blamed_on_it(key):
+    """Whatever finds something wrong names the config file; nobody but Origins knows better."""
+    origins = Origins("run.yaml")
+    origins.add(key, "command line", 1)
+    with pytest.raises(UserError) as raised, origins.named():
+        raise UserError(f"run.yaml: {key}: is 1; try 2")
+    assert str(raised.value) == f"command line: {key}: is 1; try 2"
+
+
+def test_other_messages_stay_as_they_are():
+    origins = Origins("run.yaml")
+    origins.add("data.paths", "command line", ["a"])
+    for text in (
+        "run.yaml: data.text_field: no such column; give data.paths=[b]",
+        "a/data.paths: is not UTF-8; convert it",
+        "run.yaml: damaged",
+    ):
+        with pytest.raises(UserError) as raised, origins.named():
+            raise UserError(text)
+        assert str(raised.value) == text
+    with pytest.raises(UserError, match="^command line: data: is gone$"), origins.named():
+        raise UserError("run.yaml: data: is gone")

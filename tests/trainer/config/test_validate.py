@@ -3,6 +3,7 @@
 import pytest
 
 from backends.errors import UserError
+from parallel.pipeline.order import SCHEDULES
 from trainer.config.schema import Config
 from trainer.config.validate import validate, validate_layout
 
@@ -40,8 +41,8 @@ def test_the_defaults_are_valid():
         ({"train__log_every": 0}, "x.yaml: train.log_every: is 0; it must be at least 1"),
         ({"train__eval_every": -1}, "x.yaml: train.eval_every: is -1; it must be 0 or more"),
         ({"optimizer__lr": 0.0}, "x.yaml: optimizer.lr: is 0; it must be above 0"),
-        ({"optimizer__lr": float("nan")}, "x.yaml: optimizer.lr: is nan; it must be above 0"),
-        ({"optimizer__lr": float("inf")}, "x.yaml: optimizer.lr: is inf; it must be above 0"),
+        ({"optimizer__lr": float("nan")}, "x.yaml: optimizer.lr: is nan; it must be a finite number"),
+        ({"optimizer__lr": float("inf")}, "x.yaml: optimizer.lr: is inf; it must be a finite number"),
         ({"optimizer__beta2": 1.0}, "x.yaml: optimizer.beta2: is 1; it must be at least 0 and below 1"),
         ({"optimizer__clip_norm": -1.0}, "x.yaml: optimizer.clip_norm: is -1; it must be 0 or more"),
         ({"schedule__min_ratio": 1.5}, "x.yaml: schedule.min_ratio: is 1.5; it must lie between 0 and 1"),
@@ -144,6 +145,63 @@ def test_batch_smaller_than_a_sequence_a_rank():
 def test_layouts_that_work():
     for world_size, expert in [(1, 1), (2, 2), (8, 2), (8, 8), (4, 1)]:
         validate_layout(config_with(parallel__expert=expert), world_size, "x.yaml")
+
+
+def pipeline_refusal(world_size: int = 4, layers: int = 8, sequences: int = 16, **values) -> str:
+    """Of a config with 16 sequences in a batch, one in each micro-batch."""
+    batch = {"train__global_batch_tokens": 512 * sequences, "model__num_layers": layers}
+    return layout_refusal(world_size, **batch, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        (
+            {"parallel__pipeline": 3},
+            "parallel.pipeline: 4 ranks do not divide into 3 pipeline ranks; "
+            "use 2 or 4, or start a multiple of 3 ranks",
+        ),
+        (
+            {"parallel__pipeline": 4, "parallel__schedule": "zbv", "layers": 7},
+            "parallel.pipeline: 8 stages (4 ranks under zbv) are more than model.num_layers=7; "
+            "use fewer ranks or a schedule with fewer stages a rank",
+        ),
+        (
+            {"parallel__pipeline": 2, "parallel__stages_per_rank": 2},
+            "parallel.stages_per_rank: is 2, but parallel.schedule=1f1b has 1 on each rank; use 1 or 0",
+        ),
+        (
+            {"parallel__pipeline": 2, "parallel__layers_per_stage": [5, 4]},
+            "parallel.layers_per_stage: [5, 4] does not share out model.num_layers=8 over 2 stages; "
+            "list 2 numbers of at least 1 that sum to 8, or leave it empty",
+        ),
+        (
+            {"parallel__pipeline": 2, "parallel__expert": 4},
+            "parallel.expert: 2 ranks of a stage do not divide into groups of 4; use 2, or start a multiple of 8 ranks",
+        ),
+        (
+            {"parallel__pipeline": 4, "sequences": 2},
+            "parallel.schedule: 1f1b needs at least 4 micro-batches on 4 ranks, one for each, not 2; use 4; there are "
+            "train.global_batch_tokens / (data.sequence_length * data-parallel ranks * train.micro_batch_size) = 2",
+        ),
+        (
+            {"parallel__pipeline": 2, "train__micro_batch_size": 3},
+            "train.global_batch_tokens: 16 sequences of 512 tokens do not divide over 2 data-parallel ranks and "
+            "micro-batches of 3; use 6144 or 9216",
+        ),
+    ],
+)
+def test_pipelines_that_cannot_be(values, error):
+    values = {"train__micro_batch_size": 1, **values}
+    assert pipeline_refusal(**values) == f"x.yaml: {error}"
+
+
+def test_pipelines_that_work():
+    small = {"train__global_batch_tokens": 512 * 16, "train__micro_batch_size": 1}
+    for schedule in SCHEDULES:
+        validate_layout(config_with(**small, parallel__pipeline=4, parallel__schedule=schedule), 4, "x.yaml")
+    uneven = {"parallel__pipeline": 2, "parallel__layers_per_stage": [7, 1], "parallel__expert": 2}
+    validate_layout(config_with(**small, **uneven), 8, "x.yaml")
 
 
 def test_a_dense_model_has_no_experts_to_split():

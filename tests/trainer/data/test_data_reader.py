@@ -11,7 +11,16 @@ from corpora import made_up, write_jsonl
 
 from backends.errors import UserError
 from trainer.config.schema import DataConfig
-from trainer.data import Batch, SequenceReader, load_tokenizer, open_data, sources, streaming
+from trainer.data import (
+    Batch,
+    SequenceReader,
+    beginnings,
+    documents,
+    load_tokenizer,
+    open_data,
+    sources,
+    streaming,
+)
 from trainer.data.files import stdlib_files
 from trainer.data.sources import training_documents
 
@@ -292,11 +301,22 @@ def test_state_of_another_order_is_refused(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_halves_without_text_are_refused(stream: bool, tmp_path: Path, make_config: MakeConfig) -> None:
+def test_halves_without_text_are_refused(
+    stream: bool, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def use(train: SequenceReader, validation: SequenceReader) -> None:
         train.read(1, range(1))
         validation.read(1, range(1))
 
+    config = make_config("jsonl", streaming=stream, paths=[str(write_jsonl(tmp_path / "one.jsonl", ["alone " * 90]))])
+    for fraction in (1e-9, 1 - 1e-9):
+        config.validation_fraction = fraction
+        assert refused(config, use) == (
+            "c.yaml: data.paths: hold fewer than two documents, one to train on and one to hold out; give more of "
+            "them, or name held-out files in data.validation_paths"
+        )
+    # Among very many documents a fraction that is out of proportion is not mended.
+    monkeypatch.setattr(documents, "_LOOKED_AT", 9)
     config = make_config("jsonl", streaming=stream, validation_fraction=1e-9)
     assert refused(config, use).startswith(
         "c.yaml: data.validation_fraction: 1e-09 leaves no validation document; raise"
@@ -313,3 +333,30 @@ def test_halves_without_text_are_refused(stream: bool, tmp_path: Path, make_conf
     assert message.startswith("c.yaml: data.sequence_length: the ") and "do not fill one sequence of 100000" in message
     message = refused(make_config("jsonl", streaming=stream, sequence_length=0), use)
     assert message == "c.yaml: data.sequence_length: is 0; it must be at least 1"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_are_the_beginnings_of_held_out_documents(
+    stream: bool, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    held_out = ["\n  ---\nfirst line\nmore", "first line\nagain", "  word " * 20, "日本" * 30, "unasked for " * 40]
+    config = make_config(
+        "jsonl", streaming=stream, validation_paths=[str(write_jsonl(tmp_path / "held out.jsonl", held_out))]
+    )
+    validation = readers(config)[1]
+    validation.read(3, range(3))
+    before = json.dumps(validation.state_dict())
+    found = beginnings(validation, load_tokenizer(config, "c.yaml"), 3)
+    assert found[:2] == ["first line", ("  word " * 20)[:40].rpartition(" ")[0]]
+    assert len(found) == 3 and "日本".startswith(found[2][:2]) and set(found[2]) == set("日本") and len(found[2]) <= 40
+    assert json.dumps(validation.state_dict()) == before
+
+
+def test_extent(make_config: MakeConfig, texts: list[str]) -> None:
+    config = make_config("jsonl")
+    train, validation = readers(config)
+    assert train.extent is not None and validation.extent is not None
+    assert train.extent[0] + validation.extent[0] == len(texts)
+    encode = load_tokenizer(config, "c.yaml").encode
+    assert train.extent[1] + validation.extent[1] == sum(len(encode(text)) + 1 for text in texts)
+    assert readers(make_config("jsonl", streaming=True))[0].extent is None

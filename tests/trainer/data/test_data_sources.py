@@ -12,7 +12,7 @@ from corpora import made_up, write_jsonl, write_parquet, write_texts
 
 from backends.errors import UserError
 from trainer.config.schema import DataConfig
-from trainer.data.documents import Documents, is_held_out
+from trainer.data.documents import Documents, bound, hash_of
 from trainer.data.sources import training_documents, validation_documents
 
 FORMATS = ["text", "jsonl", "parquet", "hub"]
@@ -48,11 +48,33 @@ def test_halves_are_disjoint_and_complete(
 
 def test_held_out_depends_on_the_name_alone() -> None:
     names = [f"data.jsonl:{number}" for number in range(2000)]
-    held_out = [name for name in names if is_held_out(name, 0.1)]
+    held_out = [name for name in names if hash_of(name) < bound(names, 0.1)]
     assert 150 < len(held_out) < 250
     # Written down once: a change here moves training documents into the evaluation of a resumed run.
     assert held_out[:4] == ["data.jsonl:5", "data.jsonl:12", "data.jsonl:39", "data.jsonl:42"]
-    assert set(held_out) < {name for name in names if is_held_out(name, 0.2)}
+    assert set(held_out) < {name for name in names if hash_of(name) < bound(names, 0.2)}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("fraction", "held_out"), [(1e-9, 1), (1 - 1e-9, 2)])
+def test_of_a_few_documents_one_is_held_out_and_one_is_not(
+    fraction: float, held_out: int, streaming: bool, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    path = write_texts(tmp_path / "few", ["one", "two", "three"])
+    config = make_config("text", paths=[str(path)], validation_fraction=fraction, streaming=streaming)
+    training = {document.text for document in training_documents(config, "c.yaml").open()}
+    validation = {document.text for document in validation_documents(config, "c.yaml").open()}
+    assert (len(training), len(validation)) == (3 - held_out, held_out)
+    assert training | validation == {"one", "two", "three"}
+
+
+def test_a_fraction_that_gives_both_halves_something_is_left_alone() -> None:
+    names = [str(number) for number in range(50)]
+    hashes = sorted(map(hash_of, names))
+    for index in (1, 25, 49):
+        wanted = (hashes[index - 1] + hashes[index]) / 2**65
+        assert sum(value < bound(names, wanted) for value in hashes) == index
+    assert bound([], 0.5) == bound(["a"], 0.5) == 2**63
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -211,7 +233,7 @@ def test_other_files_that_cannot_be_used(tmp_path: Path, make_config: MakeConfig
     assert message.startswith(f"c.yaml: data.paths: no .jsonl file in folder '{tmp_path}/folder'; ")
     config = make_config("text", validation_fraction=0.5)
     documents = training_documents(config, "c.yaml")
-    gone = next(path for path in sorted(Path(config.paths[0]).iterdir()) if not is_held_out(path.name, 0.5))
+    gone = next(path for path in sorted(Path(config.paths[0]).iterdir()) if hash_of(path.name) >= 2**63)
     gone.unlink()
     with pytest.raises(UserError, match=f"c.yaml: data.paths: cannot read '{gone}' .No such file.*; check the file"):
         list(documents.open())

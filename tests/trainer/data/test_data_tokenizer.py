@@ -13,6 +13,7 @@ from backends.errors import UserError
 from trainer.config.schema import DataConfig
 from trainer.data import Tokenizer, check_vocabulary, load_tokenizer
 from trainer.data import tokenizer as module
+from trainer.data.tokenizer import saved_tokenizer
 
 MakeConfig = Callable[..., DataConfig]
 
@@ -146,8 +147,9 @@ def test_mistakes_are_named(tmp_path: Path, make_config: MakeConfig) -> None:
     assert refused(config).startswith("c.yaml: data.tokenizer.vocab_size: is 256; set it to at least 257")
     config.tokenizer.vocab_size, config.tokenizer.end_of_document = 257, ""
     assert refused(config).startswith("c.yaml: data.tokenizer.end_of_document: is empty; ")
-    config = make_config("jsonl", validation_fraction=1 - 1e-9)
-    assert refused(config).startswith("c.yaml: data.validation_fraction: 1 leaves no training document; lower it")
+    alone = write_jsonl(tmp_path / "alone.jsonl", ["text"])
+    config = make_config("jsonl", paths=[str(alone)], validation_fraction=1 - 1e-9)
+    assert refused(config).startswith("c.yaml: data.paths: hold fewer than two documents, one to train on and")
 
 
 def test_vocabulary_must_fit_the_model(make_config: MakeConfig) -> None:
@@ -159,3 +161,18 @@ def test_vocabulary_must_fit_the_model(make_config: MakeConfig) -> None:
     assert str(caught.value).startswith(
         "c.yaml: model.vocab_size: is 299, but the tokenizer has 300 entries; raise it to at least 300"
     )
+
+
+def test_a_saved_tokenizer_that_is_gone_or_damaged(tmp_path: Path, make_config: MakeConfig) -> None:
+    path = tmp_path / "tokenizer.json"
+    remedy = "copy it from another checkpoint of the same run"
+    with pytest.raises(UserError, match=f"^{path}: is missing; {remedy}$"):
+        saved_tokenizer(path, "<end>")
+    original = load_tokenizer(make_config("jsonl"), "c.yaml")
+    original.save(path)
+    assert saved_tokenizer(path, "<|endoftext|>").fingerprint == original.fingerprint
+    with pytest.raises(UserError, match=f"^{path}: is damaged; {remedy}$"):
+        saved_tokenizer(path, "<end>")
+    path.write_text("{")
+    with pytest.raises(UserError, match=f"^{path}: is damaged; {remedy}$"):
+        saved_tokenizer(path, "<|endoftext|>")

@@ -32,6 +32,40 @@ def config(**more) -> ModelConfig:
     return ModelConfig(**{**base, "attention": gqa(), "moe": moe(), **more})
 
 
+def deepseek_v3(vocab_size=129280, dense_layers=3, num_heads=128, num_experts=256, **more) -> ModelConfig:
+    """671 B parameters (arXiv 2412.19437, section 4.2), for models on the meta device."""
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=7168,
+        num_layers=61,
+        dense_layers=dense_layers,
+        dense_hidden_size=18432,
+        attention=AttentionConfig(
+            kind="mla",
+            num_heads=num_heads,
+            q_lora_rank=1536,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+        ),
+        moe=MoEConfig(
+            num_experts=num_experts,
+            top_k=8,
+            expert_hidden_size=2048,
+            num_shared_experts=1,
+            score="sigmoid",
+            expert_bias=True,
+            **more,
+        ),
+    )
+
+
+def kimi_k2() -> ModelConfig:
+    """A trillion parameters: DeepSeek-V3 with other numbers."""
+    return deepseek_v3(vocab_size=163840, dense_layers=1, num_heads=64, num_experts=384, scale=2.827)
+
+
 def fill(name: str, value: Tensor, generator: torch.Generator) -> None:
     """Norms around 1, biases and expert biases around 0, matrices large enough that every part matters."""
     noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from models_for_tests import deepseek_v3
 
 from backends import select
 from trainer.model import ModelConfig, MoETransformer
@@ -75,26 +76,6 @@ def test_flops_of_a_small_model():
     further = 2 * 8 * 8 + ATTENTION + (2 + 3) * EXPERT + 40 + 800
     assert flops_per_token(small(mtp_layers=1), 32) == 6 * (weights + further) + 3 * 4 * 32 * 4 * (6 + 6)
     assert flops_per_token(small(tie_embeddings=True), 32) == flops_per_token(small(), 32)
-
-
-def deepseek_v3() -> ModelConfig:
-    return ModelConfig(
-        vocab_size=129280,
-        hidden_size=7168,
-        num_layers=61,
-        dense_layers=3,
-        dense_hidden_size=18432,
-        attention=AttentionConfig(
-            kind="mla",
-            num_heads=128,
-            q_lora_rank=1536,
-            kv_lora_rank=512,
-            qk_nope_head_dim=128,
-            qk_rope_head_dim=64,
-            v_head_dim=128,
-        ),
-        moe=MoEConfig(num_experts=256, top_k=8, expert_hidden_size=2048, num_shared_experts=1),
-    )
 
 
 def test_deepseek_v3_has_its_published_size_in_seconds():

@@ -5,10 +5,9 @@ import time
 import psutil
 import pytest
 import torch
-from models_for_tests import OPS, config, gqa, mla, moe
+from models_for_tests import OPS, config, gqa, kimi_k2, mla, moe
 
 from trainer.model import ModelConfig, MoETransformer, materialize
-from trainer.model.config import AttentionConfig, MoEConfig
 from trainer.model.moe import Experts, MoE
 
 SHAPE = config(attention=gqa(bias=True), mtp_layers=1, init_std=0.01)
@@ -119,31 +118,7 @@ def test_tied_weights_stay_tied():
 
 def test_a_trillion_parameters_on_meta():
     """Kimi-K2's shape: seconds, and no memory to speak of."""
-    shape = ModelConfig(
-        vocab_size=163840,
-        hidden_size=7168,
-        num_layers=61,
-        dense_layers=1,
-        dense_hidden_size=18432,
-        attention=AttentionConfig(
-            kind="mla",
-            num_heads=64,
-            q_lora_rank=1536,
-            kv_lora_rank=512,
-            qk_nope_head_dim=128,
-            qk_rope_head_dim=64,
-            v_head_dim=128,
-        ),
-        moe=MoEConfig(
-            num_experts=384,
-            top_k=8,
-            expert_hidden_size=2048,
-            num_shared_experts=1,
-            score="sigmoid",
-            scale=2.827,
-            expert_bias=True,
-        ),
-    )
+    shape = kimi_k2()
     shape.validate("kimi")
     process = psutil.Process()
     before, start = process.memory_info().rss, time.process_time()
