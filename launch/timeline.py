@@ -35,7 +35,7 @@ def rows(timeline: Timeline, width: int) -> list[Text]:
     """
     ranks = [_cells(spans, held) for spans, held in zip(timeline.ranks, timeline.layout, strict=True)]
     names = [f"rank {rank}  " for rank in range(len(ranks))]
-    columns = width - max(len(name) for name in names)
+    columns = max(1, width - max(len(name) for name in names))
     scale = _scale([cell for cells in ranks for cell in cells], timeline.total, columns)
     whole = max(1, math.ceil(timeline.total * scale - 1e-9))
     drawn = [_row(cells, scale, whole) for cells in ranks]

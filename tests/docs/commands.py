@@ -41,6 +41,9 @@ INSIDE = {
     "moebius plot runs/tiny --out loss.png": Inside(shows="loss.png", needs=TRAIN),
     "moebius params --config configs/tiny.yaml": Inside(shows="11.7M"),
     "moebius params --config configs/tiny.yaml model.moe.num_experts=64 model.moe.top_k=4": Inside(shows="all"),
+    "moebius pipeline --schedule zbv --pp 2 --microbatches 4": Inside(shows="in theory"),
+    "moebius pipeline --schedule dualpipev --pp 4 --microbatches 8 --out dualpipev.svg": Inside(shows="dualpipev.svg"),
+    "moebius pipeline --schedule dualpipev --pp 4 --microbatches 6": Inside(code=2, shows="use 8"),
     "moebius info": Inside(shows="can be used here"),
     "moebius train --config configs/tiny.yaml model.moe.topk=1": Inside(code=2),
     "moebius train --config configs/tiny.yaml model.moe.top_k=64": Inside(code=2),
@@ -72,6 +75,7 @@ NOT_HERE = {
     "python benchmarks/step.py --config configs/bench/qwen3.yaml --peer transformers --profile": "minutes; "
     "tests/benchmarks runs the script on a model of no size",
     "python benchmarks/step.py --config configs/bench/dsv3.yaml --peer transformers --precision bf16": "minutes",
+    "python benchmarks/bubble.py --pp 4 --microbatches 8 16": "a minute; tests/benchmarks runs it with pauses of 1 ms",
     "tensorboard --logdir runs": "a server that runs until it is stopped",
     f"deepspeed --hostfile hosts {_BIG}": "two machines; tests/distributed/test_hosts.py makes two",
     "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr first --master-port 29500 "
@@ -103,6 +107,7 @@ NOT_IN_THE_CHECKOUT = {
     "tensorboard/",
     "csv/",
     "checkpoints/",
+    "pipeline/",
     "tokenizer.json",
     "~/texts",
 }

@@ -1,6 +1,8 @@
 """`moebius pipeline`: drawings in the terminal and as pictures, of plans and of traces."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from launch.timeline import legend, rows
 from parallel.pipeline import trace
 from parallel.pipeline.order import SCHEDULES, default_chunks
 from parallel.pipeline.timeline import Durations, Span, Timeline, simulate
+from tests.distributed.ranks import ROOT
 
 
 def moebius(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -105,6 +108,16 @@ def test_a_picture(capfd: pytest.CaptureFixture[str], tmp_path: Path, suffix: st
         assert words in first
     moebius(capfd, *plan("dualpipev", pp=2, microbatches=4), "--out", str(out))
     assert out.read_text() == first  # so that a picture in a repository changes when it has to
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from launch.cli import main\n"
+        "try: main(['pipeline', '--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'rich', 'matplotlib'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "--microbatches" in ran.stdout and ran.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
