@@ -72,6 +72,18 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
         else:
             dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)
     shape = (config.pipeline, world // (config.pipeline * config.expert), config.expert)
+    if (shape, config.overlaps) not in _laid:
+        _laid[shape, config.overlaps] = _lay(backend, shape, config.overlaps)
+    return _laid[shape, config.overlaps]
+
+
+# A gloo group has threads of its own that live as long as the process: a second run on the same layout shares them.
+_laid: dict[tuple[tuple[int, int, int], bool], Topology] = {}
+
+
+def _lay(backend: Backend, shape: tuple[int, int, int], overlaps: bool) -> Topology:
+    """The mesh of that shape over all ranks."""
+    world = dist.get_world_size()
     mesh = init_device_mesh(backend.device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
     flat = mesh["edp", "ep"]._flatten("dp") if world > 1 else None
 
@@ -83,7 +95,7 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
     everyone = Axis(dist.group.WORLD, dist.get_rank(), world)
     ep, dp = axis("ep"), axis("dp")
     backward = ep
-    if config.overlaps and ep.size > 1:
+    if overlaps and ep.size > 1:
         # Two threads cannot keep to one order of calls on one group.
         own, _ = dist.new_subgroups_by_enumeration(mesh.mesh.view(-1, ep.size).tolist())
         assert own is not None
@@ -95,6 +107,7 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    _laid.clear()
 
 
 def sum_over(axis: Axis, value: torch.Tensor) -> torch.Tensor:
