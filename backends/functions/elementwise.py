@@ -36,7 +36,7 @@ class _RMSNorm(torch.autograd.Function):
             x = x_TH[rows].to(wide)
             rstd = torch.linalg.vecdot(x, x).unsqueeze_(1).div_(x.shape[1]).add_(eps).rsqrt_()
             rstd_T1[rows] = rstd
-            result[rows] = (x * rstd).mul_(weight)
+            torch.mul(x * rstd, weight, out=result[rows])
         ctx.save_for_backward(x_TH, weight_H, rstd_T1)
         return result
 
@@ -55,7 +55,7 @@ class _RMSNorm(torch.autograd.Function):
             grad_weight.addmv_(product.T, rstd.squeeze(1))
             share = torch.mv(product, weight).unsqueeze_(1).mul_(rstd**3).div_(x.shape[1])
             result = torch.mul(grad, weight, out=product).mul_(rstd)
-            grad_x[rows] = result.addcmul_(x, share, value=-1)
+            torch.addcmul(result, x, share, value=-1, out=grad_x[rows])
         return grad_x, grad_weight.to(weight_H.dtype), None
 
 
@@ -66,7 +66,7 @@ class _SwiGLU(torch.autograd.Function):
         result = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
         for rows in _row_blocks(gate_up):
             gate, up = gate_up[rows].to(wide).chunk(2, -1)
-            result[rows] = torch.nn.functional.silu(gate).mul_(up)
+            torch.mul(torch.nn.functional.silu(gate), up, out=result[rows])
         ctx.save_for_backward(gate_up)
         return result
 
@@ -83,8 +83,8 @@ class _SwiGLU(torch.autograd.Function):
             sigmoid = torch.sigmoid(gate)
             silu = gate * sigmoid
             slope = torch.addcmul(silu, silu, sigmoid, value=-1).add_(sigmoid)  # s + g·s·(1 - s)
-            into[:, :half] = slope.mul_(up).mul_(grad)
-            into[:, half:] = silu.mul_(grad)
+            torch.mul(slope.mul_(up), grad, out=into[:, :half])
+            torch.mul(silu, grad, out=into[:, half:])
         return grad_gate_up
 
 
@@ -114,8 +114,8 @@ def _rotate(x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool)
         result[..., : 2 * half] = torch.view_as_real(product).flatten(-2)
     else:
         first, second = turned.chunk(2, -1)
-        result[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
-        result[..., half : 2 * half] = (second * cos).addcmul_(first, sin)
+        torch.addcmul(first * cos, second, sin, value=-1, out=result[..., :half])
+        torch.addcmul(second * cos, first, sin, out=result[..., half : 2 * half])
     result[..., 2 * half :] = x_BSND[..., 2 * half :]
     return result
 

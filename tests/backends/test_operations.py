@@ -220,12 +220,13 @@ DOCUMENTS = {
 
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS.keys())
 @pytest.mark.parametrize("heads,sizes", [((4, 2), (8, 8)), ((3, 3), (6, 4)), ((4, 1), (4, 6)), ((1, 1), (1, 1))])
-@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize("block,scores", [(4, 1), (4, 2**21), (128, 2**21)])  # each sequence alone, or both at once
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention(ops, dtype, block, heads, sizes, documents, monkeypatch):
+def test_attention(ops, dtype, block, scores, heads, sizes, documents, monkeypatch):
     if isinstance(ops, CudaOperations) and block == 4:
         pytest.skip("blocks are the CPU's")
     monkeypatch.setattr(blockwise, "_BLOCK", block)
+    monkeypatch.setattr(blockwise, "_SCORES", scores)
     S, (N, M), (D, W) = 11, heads, sizes
     inputs = [normal(2, S, *s, dtype=dtype) for s in ((N, D), (M, D), (M, W))]
     documents_BS = None if documents is None else torch.tensor(documents)
