@@ -11,3 +11,7 @@ class ParallelConfig:
         default=1,
         metadata={"help": "expert-parallel ranks: each holds that share of every MoE layer's experts"},
     )
+    timeout_minutes: float = field(
+        default=10.0,
+        metadata={"help": "minutes that a rank waits for the others in one exchange before the job ends"},
+    )

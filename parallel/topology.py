@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from backends.base import Backend
 from parallel.config import ParallelConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
     process is a world of its own and no port is opened.
     The world size must factor into the configured axes.
     """
-    world = world_size_from_environment()
+    world, limit = world_size_from_environment(), timedelta(minutes=config.timeout_minutes)
     assert config.expert >= 1 and world % config.expert == 0, "validate_layout of the config comes first"
     if not dist.is_initialized():
         # Checkpoints and metadata travel on the CPU even where tensors travel by NCCL or HCCL.
@@ -64,15 +69,18 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
             "gloo" if backend.device.type == "cpu" else f"cpu:gloo,{backend.device.type}:{backend.distributed_backend}"
         )
         if "RANK" in os.environ:
-            dist.init_process_group(name)
+            dist.init_process_group(name, timeout=limit)
         else:
-            dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     # Every rank has passed its checks, of the run directory too, before any goes on to write. Meeting for the first
     # time sees to that; a second run in the same processes needs this.
     dist.barrier()
     shape = (1, world // config.expert, config.expert)
     mesh = init_device_mesh(backend.device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
     flat = mesh["edp", "ep"]._flatten("dp") if world > 1 else None
+    for part in (mesh, flat) if flat else (mesh,):
+        for group in part.get_all_groups():
+            _set_pg_timeout(limit, group)  # a mesh gives its groups torch's own limit
 
     def axis(name: str) -> Axis:
         part = flat if name == "dp" and flat is not None else mesh["ep" if name == "dp" else name]
@@ -85,6 +93,13 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def said_by_main(value: T) -> T:
+    """The main rank's ``value``, on every rank; pickled, so for small things."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def sum_over(axis: Axis, value: torch.Tensor) -> torch.Tensor:

@@ -41,15 +41,20 @@ class Run:
     tokens: int = 0  # tokens trained on
 
 
-def prepare(config: Config, where: str, resume: bool) -> Run:
+def prepare(config: Config, where: str, resume: bool, may_start: bool = False) -> Run:
     """Check everything, then join the other ranks and build the model; load the newest checkpoint on resume.
+
+    Args:
+        resume: go on with the run that the run directory holds.
+        may_start: with ``resume``, start it if it has no checkpoint yet.
 
     Raises:
         UserError: anything that the config, the files or the machine cannot do. Nothing was written then, caches of
             tokenizer and documents excepted.
     """
     run_dir = Path(config.run_dir or f"runs/{config.name}")
-    start_from = _starting_point(run_dir, resume)
+    _check_place(run_dir)
+    start_from = checkpoint.starting_point(run_dir, resume, may_start)
     validate_layout(config, topologies.world_size_from_environment(), where)
     check_installed(config.metrics, where)
     backend = backends.select(config.backend)
@@ -65,6 +70,7 @@ def prepare(config: Config, where: str, resume: bool) -> Run:
     backend.set_deterministic(config.train.deterministic)
     torch.manual_seed(config.seed)
     topology = topologies.start(backend, config.parallel)
+    start_from = topologies.said_by_main(start_from)  # another rank may have looked too early for the newest one
     model, engine = build(config, topology, backend)
     run = Run(config, where, run_dir, backend, topology, tokenizer, training, validation, model, engine)
     if start_from is not None:
@@ -90,19 +96,6 @@ def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETran
         clip_norm=config.optimizer.clip_norm,
     )
     return model, engine
-
-
-def _starting_point(run_dir: Path, resume: bool) -> Path | None:
-    _check_place(run_dir)
-    newest = checkpoint.newest(run_dir)
-    if resume:
-        if newest is None:
-            raise UserError(f"{run_dir}: has no checkpoint to resume from; start without --resume")
-        return newest
-    if run_dir.exists() and any(run_dir.iterdir()):
-        hint = "add --resume to go on with it, or " if newest else ""
-        raise UserError(f"{run_dir}: this run directory exists; {hint}choose another run_dir=... or name=...")
-    return None
 
 
 def _check_place(run_dir: Path) -> None:

@@ -1,16 +1,17 @@
 """What a checkpoint refuses, and that a half-written one is never seen."""
 
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 import backends
 from backends import UserError
 from tests.small import small_config
 from trainer import checkpoint
+from trainer.checkpoint import manifest
 from trainer.loop import Loop
 from trainer.setup import Run, prepare
 
@@ -24,6 +25,10 @@ def trained(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     run = prepare(config, str(small), False)
     Loop(run).train()
     return run_dir, run
+
+
+def saver(run: Run) -> checkpoint.Saver:
+    return checkpoint.Saver(run.run_dir, run.model, run.engine, run.config, run.tokenizer)
 
 
 def resume(small: Path, run_dir: Path, *overrides: str) -> Run:
@@ -72,20 +77,26 @@ def test_a_damaged_checkpoint_is_refused_by_name(
         resume(small, tmp_path / "a")
 
 
-def test_a_save_that_dies_leaves_the_previous_one_newest(
-    small: Path, trained: tuple[Path, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_fails_is_one_line_and_leaves_the_previous_one_newest(
+    small: Path, trained: tuple[Path, Run], tmp_path: Path, asynchronous: bool
 ) -> None:
     shutil.copytree(trained[0], tmp_path / "a")
-    run = resume(small, tmp_path / "a")
-
-    def dies(*_: object, **__: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(dcp, "save", dies)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(tmp_path / "a", 7, run.model, run.engine, {}, run.config, run.tokenizer)
+    run = resume(small, tmp_path / "a", f"checkpoint.asynchronous={asynchronous}")
+    with saver(run) as made:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # what a full disk or a quota does
+        try:
+            with pytest.raises(UserError, match=r"checkpoint of step 7 \(File too large\); mend that and go on"):
+                made.save(7, {})
+                made.save(8, {})  # hears of it
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        newest = checkpoint.newest(tmp_path / "a")
+        assert newest is not None and newest.name == "step-000006"
+        made.save(9, {})  # and the next one is as good as any
     newest = checkpoint.newest(tmp_path / "a")
-    assert newest is not None and newest.name == "step-000006"
+    assert newest is not None and newest.name == "step-000009" and not manifest.damages(newest)
 
 
 def test_inference_loads_the_trained_weights(trained: tuple[Path, Run]) -> None:

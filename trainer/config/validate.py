@@ -101,8 +101,10 @@ def _check_ranges(config: Config, where: str) -> None:
         "train.eval_sequences": natural,
         "train.log_every": count,
         "parallel.expert": count,
+        "parallel.timeout_minutes": positive,
         "checkpoint.every": natural,
         "checkpoint.keep": natural,
+        "checkpoint.keep_every": natural,
         "metrics.peak_tflops": natural,
     }
     for key, (holds, remedy) in rules.items():
