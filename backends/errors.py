@@ -1,4 +1,4 @@
-"""The one exception that a person sees as a line instead of a traceback."""
+"""The exceptions that a person sees as a line instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,15 @@ class UserError(ValueError):
     The message is one line that says what is wrong, where (file and key), and the remedy.
     Commands print it, without a traceback, and exit with code 2.
     """
+
+
+class LostPeer(Exception):
+    """Another process of the job is gone: nothing to correct here, the job has to be started again.
+
+    Attributes:
+        tell: whether this rank is the one that says so.
+    """
+
+    def __init__(self, message: str, tell: bool) -> None:
+        super().__init__(message)
+        self.tell = tell

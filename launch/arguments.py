@@ -36,10 +36,13 @@ class ConfigParser(Parser):
 def train_parser(prog: str = "moebius train") -> ConfigParser:
     """The arguments of training; parse with ``parse_intermixed_args``, so that overrides may stand anywhere.
 
-    Gives ``config``, ``overrides``, ``resume``, ``sample``, ``debug`` and ``local_rank``.
+    Gives ``config``, ``overrides``, ``resume``, ``auto_resume``, ``sample``, ``debug`` and ``local_rank``.
     """
     parser = ConfigParser(prog, "Train a model. Several ranks: deepspeed --num_accelerators N launch/train.py ...")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run directory")
+    parser.add_argument(
+        "--auto-resume", action="store_true", help="for supervisors: --resume if there is a checkpoint, else a new run"
+    )
     parser.add_argument("--sample", action="store_true", help="print text from the model when training ends")
     parser.add_argument("--debug", action="store_true", help="show tracebacks instead of one line")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by deepspeed

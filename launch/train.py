@@ -15,21 +15,26 @@ from launch.errors import run
 def main(argv: list[str]) -> int:
     """Train the model of ``--config`` to its last step."""
     args = train_parser().parse_intermixed_args(argv)
-    return run(lambda: _train(args.config, args.overrides, args.resume, args.sample), args.debug)
+    return run(lambda: _train(args.config, args.overrides, args.resume, args.auto_resume, args.sample), args.debug)
 
 
-def _train(path: str, overrides: list[str], resume: bool, sample: bool) -> int:
+def _train(path: str, overrides: list[str], resume: bool, auto_resume: bool, sample: bool) -> int:
     from trainer.config.load import load_config
 
     config = load_config(path, overrides)
 
     from parallel.topology import stop
     from trainer.loop import Loop
-    from trainer.setup import prepare
+    from trainer.restart import explain_lost_peer
+    from trainer.setup import prepare, run_dir_of
 
+    prepared = None
     try:
-        prepared = prepare(config, path, resume)
+        prepared = prepare(config, path, resume or auto_resume, may_start=auto_resume)
         finished = Loop(prepared).train()
+    except RuntimeError as error:
+        explain_lost_peer(error, run_dir_of(config), prepared.step if prepared else None)
+        raise
     finally:
         stop()
     if finished and prepared.topology.is_main:

@@ -21,6 +21,7 @@ from trainer.metrics.charts import check_installed
 from trainer.model import MoETransformer, materialize
 from trainer.optimizer import adamw, parameter_groups
 from trainer.precision import weights_dtype
+from trainer.restart import forget
 
 
 @dataclass
@@ -52,7 +53,7 @@ def prepare(config: Config, where: str, resume: bool, may_start: bool = False) -
         UserError: anything that the config, the files or the machine cannot do. Nothing was written then, caches of
             tokenizer and documents excepted.
     """
-    run_dir = Path(config.run_dir or f"runs/{config.name}")
+    run_dir = run_dir_of(config)
     _check_place(run_dir)
     start_from = checkpoint.starting_point(run_dir, resume, may_start)
     validate_layout(config, topologies.world_size_from_environment(), where)
@@ -70,6 +71,8 @@ def prepare(config: Config, where: str, resume: bool, may_start: bool = False) -
     backend.set_deterministic(config.train.deterministic)
     torch.manual_seed(config.seed)
     topology = topologies.start(backend, config.parallel)
+    if topology.is_main:
+        forget(run_dir)
     start_from = topologies.said_by_main(start_from)  # another rank may have looked too early for the newest one
     model, engine = build(config, topology, backend)
     run = Run(config, where, run_dir, backend, topology, tokenizer, training, validation, model, engine)
@@ -78,6 +81,11 @@ def prepare(config: Config, where: str, resume: bool, may_start: bool = False) -
         run.step, run.tokens = state["step"], state["tokens"]
         training.load_state_dict(state["data"])
     return run
+
+
+def run_dir_of(config: Config) -> Path:
+    """Where the run lives."""
+    return Path(config.run_dir or f"runs/{config.name}")
 
 
 def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETransformer, Engine]:

@@ -34,6 +34,11 @@ def unfinished(run_dir: str | Path) -> list[Path]:
     return sorted((Path(run_dir) / FOLDER).glob(".step-*"))
 
 
+def superseded(run_dir: str | Path) -> list[Path]:
+    """Checkpoints that were set aside, because the run went on from an earlier one."""
+    return sorted((Path(run_dir) / FOLDER).glob("superseded-step-*"))
+
+
 def step_of(checkpoint: Path) -> int:
     """The optimizer step after which it was written."""
     match = _NAME.fullmatch(checkpoint.name)

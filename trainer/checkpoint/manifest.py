@@ -80,34 +80,29 @@ def check_sizes(checkpoint: Path) -> None:
     Raises:
         UserError: a file is missing or has another size than it was written with.
     """
-    for name, entry in read(checkpoint).items():
-        problem = _size_problem(checkpoint / name, entry)
-        if problem:
-            raise UserError(f"{checkpoint / name}: is damaged ({problem}); {INSTEAD}")
+    for name, problem in damages(checkpoint, contents=False).items():
+        raise UserError(f"{checkpoint / name}: is damaged ({problem}); {INSTEAD}")
 
 
-def damages(checkpoint: Path) -> dict[str, str]:
-    """Read every file of a checkpoint and compare it with the manifest; what is wrong, by file name."""
+def damages(checkpoint: Path, contents: bool = True) -> dict[str, str]:
+    """Compare a checkpoint with its manifest; what is wrong, by file name.
+
+    Args:
+        contents: read every file, instead of asking for its size only.
+    """
     try:
         entries = read(checkpoint)
     except UserError:
         return {MANIFEST: "missing or unreadable"}
-    found = {}
-    for name, entry in entries.items():
-        path = checkpoint / name
-        problem = _size_problem(path, entry)
-        if not problem:
-            try:
-                problem = "" if entry_of(path) == entry else "its checksum is another"
-            except OSError as error:
-                problem = f"cannot be read: {error.strerror}"
-        if problem:
-            found[name] = problem
-    return found
+    found = {name: _problem(checkpoint / name, entry, contents) for name, entry in entries.items()}
+    return {name: problem for name, problem in found.items() if problem}
 
 
-def _size_problem(path: Path, entry: Entry) -> str:
-    if not path.is_file():
-        return "missing"
-    size = path.stat().st_size
-    return "" if size == entry.size else f"{size:,} bytes instead of {entry.size:,}"
+def _problem(path: Path, entry: Entry, contents: bool) -> str:
+    try:
+        size = path.stat().st_size
+        if size != entry.size:
+            return f"{size:,} bytes instead of {entry.size:,}"
+        return "its checksum is another" if contents and entry_of(path) != entry else ""
+    except OSError as error:
+        return error.strerror or type(error).__name__

@@ -120,6 +120,7 @@ class Saver:
         files, parameters = join_parts(hidden, self._ranks)
         mesh = self._engine.topology.mesh
         facts = {
+            "name": self._config.name,
             "saved": int(time.time()),
             "ranks": self._ranks,
             "layout": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
