@@ -41,6 +41,8 @@ INSIDE = {
     "moebius plot runs/tiny --out loss.png": Inside(shows="loss.png", needs=TRAIN),
     "moebius params --config configs/tiny.yaml": Inside(shows="11.7M"),
     "moebius params --config configs/tiny.yaml model.moe.num_experts=64 model.moe.top_k=4": Inside(shows="all"),
+    "moebius checkpoints runs/tiny": Inside(shows="complete", needs=TRAIN),
+    "moebius checkpoints runs/tiny --verify": Inside(shows="verified", needs=TRAIN),
     "moebius info": Inside(shows="can be used here"),
     "moebius train --config configs/tiny.yaml model.moe.topk=1": Inside(code=2),
     "moebius train --config configs/tiny.yaml model.moe.top_k=64": Inside(code=2),
@@ -54,6 +56,8 @@ STARTED = {
     ),
     "moebius train --config configs/mine.yaml --sample": Started(TINY),
     f"deepspeed --num_accelerators 2 {_TWO}": Started(TINY),
+    "torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py --config configs/tiny.yaml --auto-resume "
+    "parallel.expert=2 name=tiny-watched": Started(TINY),
     f"torchrun --nproc-per-node 2 {_TWO}": Started((*TINY, "name=with-torchrun")),
 }
 
@@ -96,6 +100,8 @@ NOT_IN_THE_CHECKOUT = {
     "csv/",
     "checkpoints/",
     "tokenizer.json",
+    "manifest.json",
+    "runs/tiny/checkpoints/step-000250",
     "~/texts",
 }
 

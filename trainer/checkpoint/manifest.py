@@ -58,7 +58,7 @@ def entry_of(path: Path) -> Entry:
 def write(checkpoint: Path, entries: dict[str, Entry]) -> None:
     """Write the manifest of the files named."""
     files = {name: asdict(entries[name]) for name in sorted(entries)}
-    (checkpoint / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+    (checkpoint / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
 
 
 def read(checkpoint: Path) -> dict[str, Entry]:
