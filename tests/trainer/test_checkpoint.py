@@ -60,9 +60,17 @@ def test_loss_weights_may_change_on_resume(small: Path, trained: tuple[Path, Run
     assert resume(small, trained[0], "model.moe.aux_loss=0.5", "optimizer.lr=0.1").step == 6
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "metadata", "state"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("cut", r"__0_0.distcp: is damaged \([\d,]+ bytes instead of [\d,]+"),
+        ("missing", r"__0_0.distcp: is damaged \(No such file or directory"),
+        ("metadata", r".metadata: is damaged \(8 bytes instead of [\d,]+"),
+        ("state", r"trainer.json: cannot be read \(.+"),
+    ],
+)
 def test_a_damaged_checkpoint_is_refused_by_name(
-    small: Path, trained: tuple[Path, Run], tmp_path: Path, damage: str
+    small: Path, trained: tuple[Path, Run], tmp_path: Path, damage: str, said: str
 ) -> None:
     shutil.copytree(trained[0], tmp_path / "a")
     newest = checkpoint.newest(tmp_path / "a")
@@ -77,7 +85,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     else:
         (newest / "trainer.json").write_text("{")
     with pytest.raises(
-        UserError, match=r"step-000006.* \(.+\); delete this folder, and the checkpoint before it is the newest"
+        UserError, match=rf"step-000006/{said}\); delete this folder, and the checkpoint before it is the newest"
     ):
         resume(small, tmp_path / "a")
 
