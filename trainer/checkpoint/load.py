@@ -34,10 +34,12 @@ def load(checkpoint: Path, model: MoETransformer, engine: Engine, config: Config
     Raises:
         UserError: it is of another model, or damaged; on every rank.
     """
-    return together(lambda: _load(checkpoint, model, engine, config, where))
+    state = together(lambda: _fill(checkpoint, model, engine, config, where))
+    engine.loaded(int(state["step"]))  # has collectives of its own: not before every rank has read its part
+    return state
 
 
-def _load(checkpoint: Path, model: MoETransformer, engine: Engine, config: Config, where: str) -> dict[str, Any]:
+def _fill(checkpoint: Path, model: MoETransformer, engine: Engine, config: Config, where: str) -> dict[str, Any]:
     check_same_model(checkpoint, config, where)
     state = _read_state(checkpoint)
     tensors = to_load(model, engine)
@@ -47,7 +49,6 @@ def _load(checkpoint: Path, model: MoETransformer, engine: Engine, config: Confi
     _read(checkpoint, tensors)
     if random in tensors:
         torch.set_rng_state(tensors[random])
-    engine.loaded(int(state["step"]))
     return state
 
 
