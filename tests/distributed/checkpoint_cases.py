@@ -33,7 +33,6 @@ LARGE = (
     "metrics.tensorboard=false"
 ).split()
 
-EMBEDDING, ELEMENTS = "embedding.weight", 320 * 32  # of the small model
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
@@ -104,9 +103,11 @@ def copies(path: Path, run_dir: Path) -> list[Any]:
         shard.state["exp_avg"].uniform_(1.0, 2.0)
     with saver(run) as made:
         made.save(1, {})
-    held = next((shard for shard in run.engine.shards() if shard.name == EMBEDDING), None) or Shard(
-        EMBEDDING, 0, ELEMENTS, ELEMENTS, {key: torch.zeros(ELEMENTS) for key in KINDS}, copy=True
-    )
+    held = next((shard for shard in run.engine.shards() if shard.size == shard.whole), None)
+    name, whole = topology.said_by_main((held.name, held.whole) if held else None) or ("", 0)
+    assert whole and (held is None or dist.get_rank() == 0 or held.name != name)
+    if held is None or dist.get_rank() == 1:
+        held = Shard(name, 0, whole, whole, {key: torch.zeros(whole) for key in KINDS}, copy=True)
     real = Engine.shards
 
     def shards(engine: Engine) -> Iterator[Shard]:
