@@ -1,4 +1,4 @@
-"""The one exception that a person sees as a line instead of a traceback."""
+"""The exceptions that a person sees as a line instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -12,3 +12,15 @@ class UserError(ValueError):
     """
 
     unheard = False
+
+
+class LostPeer(Exception):
+    """Another process of the job is gone: nothing to correct here, the job has to be started again.
+
+    Attributes:
+        tell: whether this rank is the one that says so.
+    """
+
+    def __init__(self, message: str, tell: bool) -> None:
+        super().__init__(message)
+        self.tell = tell

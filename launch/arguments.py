@@ -64,8 +64,8 @@ def _is_key(name: str) -> bool:
 def train_parser(prog: str = "moebius train") -> ConfigParser:
     """The arguments of training.
 
-    Gives ``config``, ``overrides``, ``resume`` (False, True or the path of a checkpoint), ``sample``, ``debug`` and
-    ``local_rank``.
+    Gives ``config``, ``overrides``, ``resume`` (False, True or the path of a checkpoint), ``auto_resume``, ``sample``,
+    ``debug`` and ``local_rank``.
     """
     parser = ConfigParser(prog, "Train a model. Several ranks: deepspeed --num_accelerators N launch/train.py ...")
     parser.add_argument(
@@ -76,6 +76,9 @@ def train_parser(prog: str = "moebius train") -> ConfigParser:
         const=True,
         type=lambda path: path or True,
         help="go on with the run, from its newest checkpoint or from the folder of an earlier one",
+    )
+    parser.add_argument(
+        "--auto-resume", action="store_true", help="for supervisors: --resume if there is a checkpoint, else a new run"
     )
     parser.add_argument("--sample", action="store_true", help="print text from the model when training ends")
     parser.add_argument("--debug", action="store_true", help="show tracebacks instead of one line")

@@ -15,12 +15,13 @@ COMMANDS = {
     "params": "count the parameters of a config's model by part",
     "plot": "draw the loss curve of a run",
     "pipeline": "draw the timeline of a pipeline schedule",
+    "checkpoints": "list the checkpoints of a run, and check their files",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``moebius <command> ...``; each command is the ``main(argv)`` of the module of that name."""
-    commands = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    commands = "\n".join(f"  {name:<13}{what}" for name, what in COMMANDS.items())
     parser = Parser(
         prog="moebius",
         description="A hardware-agnostic distributed trainer for Mixture-of-Experts language models.",

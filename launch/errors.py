@@ -5,15 +5,16 @@ import sys
 import traceback
 from collections.abc import Callable
 
-UNREAD, USER_ERROR, INTERRUPTED = 1, 2, 130
+UNREAD, LOST_PEER, USER_ERROR, INTERRUPTED = 1, 1, 2, 130
 
 
 def run(command: Callable[[], int], debug: bool) -> int:
     """Run a command and return its exit code.
 
     A :class:`backends.errors.UserError` becomes one line on standard error and exit code 2; on several ranks only
-    the first one speaks. An interrupt gives exit code 130 and a reader that closed our output 1, both quietly. Any
-    other exception is ours to mend and passes through.
+    the first one speaks. A :class:`backends.errors.LostPeer` becomes one line, of any rank, and exit code 1. An
+    interrupt gives exit code 130 and a reader that closed our output 1, both quietly. Any other exception is ours
+    to mend and passes through.
 
     Args:
         command: does the work and returns its exit code.
@@ -28,12 +29,16 @@ def run(command: Callable[[], int], debug: bool) -> int:
     except BrokenPipeError:
         return written(UNREAD)
     except Exception as error:
-        from backends.errors import UserError  # brings torch in, which a command may not have needed
+        from backends.errors import LostPeer, UserError  # brings torch in, which a command may not have needed
 
-        if not isinstance(error, UserError):
+        if not isinstance(error, (LostPeer, UserError)):
             raise
         if debug:
             traceback.print_exc()
+        if isinstance(error, LostPeer):
+            if error.tell or debug:
+                complain(str(error), every_rank=True)
+            return LOST_PEER
         complain(str(error), every_rank=debug or error.unheard)
         return USER_ERROR
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Train the model of ``--config`` to its last step."""
     args = train_parser().parse(argv)
-    return run(lambda: _train(args.config, args.overrides, args.resume, args.sample), args.debug)
+    return run(lambda: _train(args.config, args.overrides, args.resume, args.auto_resume, args.sample), args.debug)
 
 
-def _train(path: str, overrides: list[str], resume: bool | str, sample: bool) -> int:
+def _train(path: str, overrides: list[str], resume: bool | str, auto_resume: bool, sample: bool) -> int:
     from trainer.config.load import load_with_origins
 
     with _company():
@@ -37,14 +37,19 @@ def _train(path: str, overrides: list[str], resume: bool | str, sample: bool) ->
         from parallel.topology import stop
         from trainer.data import beginnings
         from trainer.loop import Loop
-        from trainer.setup import prepare
+        from trainer.restart import explain_lost_peer
+        from trainer.setup import prepare, run_dir_of
 
+        prepared = None
         with origins.named():
             try:
-                prepared = prepare(config, path, resume)
+                prepared = prepare(config, path, resume or auto_resume, may_start=auto_resume)
                 if prepared.topology.is_main:
                     print(banner(prepared), flush=True)
                 finished = Loop(prepared).train()
+            except RuntimeError as error:
+                explain_lost_peer(error, run_dir_of(config), prepared.step if prepared else None)
+                raise
             finally:
                 stop()
     if finished and prepared.topology.is_main:

@@ -28,6 +28,7 @@ class ParallelConfig:
         0, "pipeline stages on each rank; 0: what the schedule needs (1 for gpipe and 1f1b, 2 for the others)"
     )
     layers_per_stage: list[int] = _key(list, "layers of each pipeline stage; empty: balanced by estimated cost")
+    timeout_minutes: float = _key(10.0, "minutes that a rank waits for the others in one exchange before the job ends")
 
     @property
     def overlaps(self) -> bool:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from backends.base import Backend
 from parallel.config import ParallelConfig
 from parallel.network import choose_interface
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
     process is a world of its own and no port is opened.
     The world size must factor into the configured axes.
     """
-    world = world_size_from_environment()
+    world, limit = world_size_from_environment(), timedelta(minutes=config.timeout_minutes)
     assert world % (config.pipeline * config.expert) == 0, "validate_layout of the config comes first"
     if not dist.is_initialized():
         # Checkpoints and metadata travel on the CPU even where tensors travel by NCCL or HCCL.
@@ -68,12 +73,12 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
         )
         if "RANK" in os.environ:
             choose_interface(world)
-            dist.init_process_group(name)
+            dist.init_process_group(name, timeout=limit)
         else:
-            dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     shape = (config.pipeline, world // (config.pipeline * config.expert), config.expert)
     if (shape, config.overlaps) not in _laid:
-        _laid[shape, config.overlaps] = _lay(backend, shape, config.overlaps)
+        _laid[shape, config.overlaps] = _lay(backend, shape, config.overlaps, limit)
     return _laid[shape, config.overlaps]
 
 
@@ -81,11 +86,14 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
 _laid: dict[tuple[tuple[int, int, int], bool], Topology] = {}
 
 
-def _lay(backend: Backend, shape: tuple[int, int, int], overlaps: bool) -> Topology:
+def _lay(backend: Backend, shape: tuple[int, int, int], overlaps: bool, limit: timedelta) -> Topology:
     """The mesh of that shape over all ranks."""
     world = dist.get_world_size()
     mesh = init_device_mesh(backend.device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
     flat = mesh["edp", "ep"]._flatten("dp") if world > 1 else None
+    for part in (mesh, flat) if flat else (mesh,):
+        for group in part.get_all_groups():
+            _set_pg_timeout(limit, group)  # a mesh gives its groups torch's own limit
 
     def axis(name: str) -> Axis:
         part = flat if name == "dp" and flat is not None else mesh["ep" if name == "dp" else name]
@@ -108,6 +116,13 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _laid.clear()
+
+
+def said_by_main(value: T) -> T:
+    """The main rank's ``value``, on every rank; pickled, so for small things."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def sum_over(axis: Axis, value: torch.Tensor) -> torch.Tensor:

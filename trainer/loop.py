@@ -63,6 +63,7 @@ class Loop:
                 ) from error
         with (
             Recorder(str(run.run_dir), self.config, run.topology.is_main, train.steps, run.step) as self.recorder,
+            checkpoint.Saver(run.run_dir, run.model, run.engine, self.config, run.tokenizer) as self.saver,
             StopRequest().listening() as self.stop,
         ):
             stopped = False
@@ -76,6 +77,7 @@ class Loop:
                 if last or (every and run.step % every == 0):
                     with self.meter.pause():
                         self._save()
+            self.saver.wait()
             if stopped:
                 self.recorder.message(f"stopped after step {run.step}, saved; go on with --resume")
             elif train.bigram_baseline:
@@ -211,7 +213,7 @@ class Loop:
         if self.saved_at == run.step:
             return
         state = {"tokens": run.tokens, "data": run.training.state_dict()}
-        checkpoint.save(run.run_dir, run.step, run.model, run.engine, state, self.config, run.tokenizer)
+        self.saver.save(run.step, state)
         self.saved_at = run.step
 
 

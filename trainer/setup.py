@@ -23,6 +23,7 @@ from trainer.facts import common_facts
 from trainer.metrics.charts import check_installed
 from trainer.model import MoETransformer
 from trainer.precision import weights_dtype
+from trainer.restart import forget
 
 
 @dataclass
@@ -44,20 +45,26 @@ class Run:
     tokens: int = 0  # tokens trained on
 
 
-def prepare(config: Config, where: str, resume: bool | str) -> Run:
+def prepare(config: Config, where: str, resume: bool | str, may_start: bool = False) -> Run:
     """Check everything, then join the other ranks and build the model; load a checkpoint on resume.
 
     Args:
         config: the run.
         where: the config file, for messages.
         resume: whether to go on from the newest checkpoint; or the folder of the checkpoint to go on from.
+        may_start: with ``resume``, start the run if it has no checkpoint yet.
 
     Raises:
         UserError: anything that the config, the files or the machine cannot do. Nothing was written then, caches of
             tokenizer and documents excepted.
     """
-    run_dir = Path(config.run_dir or f"runs/{config.name}")
-    start_from = _named(run_dir, Path(resume)) if isinstance(resume, str) else _starting_point(run_dir, resume)
+    run_dir = run_dir_of(config)
+    _check_place(run_dir)
+    start_from = (
+        _named(run_dir, Path(resume))
+        if isinstance(resume, str)
+        else checkpoint.starting_point(run_dir, resume, may_start)
+    )
     validate_layout(config, topologies.world_size_from_environment(), where)
     check_installed(config.metrics, where)
     backend = backends.select(config.backend)
@@ -74,6 +81,9 @@ def prepare(config: Config, where: str, resume: bool | str) -> Run:
     torch.manual_seed(config.seed)
     agree(common_facts(config, backend, training, validation))
     topology = topologies.start(backend, config.parallel)
+    if topology.is_main:
+        forget(run_dir)
+    start_from = topologies.said_by_main(start_from)  # another rank may have looked too early for the newest one
     model, engine, pipeline = build(config, topology, backend)
     run = Run(config, where, run_dir, backend, topology, tokenizer, training, validation, model, engine, pipeline)
     if start_from is not None:
@@ -86,22 +96,13 @@ def prepare(config: Config, where: str, resume: bool | str) -> Run:
     return run
 
 
-def _starting_point(run_dir: Path, resume: bool) -> Path | None:
-    _check_place(run_dir)
-    newest = checkpoint.newest(run_dir)
-    if resume:
-        if newest is None:
-            raise UserError(f"{run_dir}: has no checkpoint to resume from; start without --resume")
-        return newest
-    if run_dir.exists() and any(run_dir.iterdir()):
-        hint = "add --resume to go on with it, or " if newest else ""
-        raise UserError(f"{run_dir}: this run directory exists; {hint}choose another run_dir=... or name=...")
-    return None
+def run_dir_of(config: Config) -> Path:
+    """Where the run lives."""
+    return Path(config.run_dir or f"runs/{config.name}")
 
 
 def _named(run_dir: Path, path: Path) -> Path:
     """The checkpoint that a person names to resume from; only one of the same run will do."""
-    _check_place(run_dir)
     there = {found.resolve(): found for found in (run_dir / "checkpoints").glob("step-*")}
     if path.resolve() in there:
         return there[path.resolve()]

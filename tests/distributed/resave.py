@@ -15,9 +15,11 @@ def main() -> None:
     config = small_config(Path(path), *(o for o in line.split() if o != "--resume"))
     run = prepare(config, path, resume=True)
     state = {"tokens": run.tokens, "data": run.training.state_dict()}
-    written = checkpoint.save(run.run_dir, run.step, run.model, run.engine, state, config, run.tokenizer)
+    with checkpoint.Saver(run.run_dir, run.model, run.engine, config, run.tokenizer) as saver:
+        saver.save(run.step, state)
+    written = checkpoint.newest(run.run_dir)
     topology.stop()
-    report(written.name)
+    report(written and written.name)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ INSIDE = {
     "moebius pipeline --schedule zbv --pp 2 --microbatches 4": Inside(shows="in theory"),
     "moebius pipeline --schedule dualpipev --pp 4 --microbatches 8 --out dualpipev.svg": Inside(shows="dualpipev.svg"),
     "moebius pipeline --schedule dualpipev --pp 4 --microbatches 6": Inside(code=2, shows="use 8"),
+    "moebius checkpoints runs/tiny": Inside(shows="complete", needs=TRAIN),
+    "moebius checkpoints runs/tiny --verify": Inside(shows="verified", needs=TRAIN),
     "moebius info": Inside(shows="can be used here"),
     "moebius train --config configs/tiny.yaml model.moe.topk=1": Inside(code=2),
     "moebius train --config configs/tiny.yaml model.moe.top_k=64": Inside(code=2),
@@ -57,6 +59,8 @@ STARTED = {
     ),
     "moebius train --config configs/mine.yaml --sample": Started(TINY),
     f"deepspeed --num_accelerators 2 {_TWO}": Started(TINY),
+    "torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py --config configs/tiny.yaml --auto-resume "
+    "parallel.expert=2 name=tiny-watched": Started(TINY),
     f"torchrun --nproc-per-node 2 {_TWO}": Started((*TINY, "name=with-torchrun")),
 }
 
@@ -109,6 +113,8 @@ NOT_IN_THE_CHECKOUT = {
     "checkpoints/",
     "pipeline/",
     "tokenizer.json",
+    "manifest.json",
+    "runs/tiny/checkpoints/step-000250",
     "~/texts",
 }
 

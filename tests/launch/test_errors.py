@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from backends.errors import UserError
+from backends.errors import LostPeer, UserError
 from launch.errors import run
 
 
@@ -39,6 +39,14 @@ def test_debug_shows_the_traceback_of_every_rank(capfd, monkeypatch):
     assert run(fail(UserError("no")), debug=True) == 2
     text = capfd.readouterr().err
     assert "Traceback" in text and text.endswith("moebius: no\n")
+
+
+@pytest.mark.parametrize(("tell", "debug", "says"), [(True, False, 1), (False, False, 0), (False, True, 1)])
+def test_a_lost_process_is_told_by_the_rank_that_was_first(capfd, monkeypatch, tell, debug, says):
+    monkeypatch.setenv("RANK", "3")
+    assert run(fail(LostPeer("rank 3 lost another process", tell)), debug=debug) == 1
+    text = capfd.readouterr().err
+    assert text.count("moebius: rank 3 lost another process\n") == says and ("Traceback" in text) == debug
 
 
 def test_interrupt_is_quiet(capfd):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from backends.base import Backend
 from backends.errors import UserError
-from trainer.checkpoint.store import CONFIG, STATE, TOKENIZER, load_weights, newest
+from trainer.checkpoint.folder import CONFIG, STATE, TOKENIZER, newest
+from trainer.checkpoint.load import load_weights
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.tokenizer import Tokenizer, saved_tokenizer

@@ -86,6 +86,8 @@ class CheckpointConfig:
 
     every: int = key(200, "steps between checkpoints; 0 saves only at the end")
     keep: int = key(2, "newest checkpoints to keep; 0 keeps all")
+    keep_every: int = key(0, "keep the checkpoints of every so many steps for ever; 0 keeps none")
+    asynchronous: bool = key(True, "write while training goes on, from a copy of the state in the host's memory")
 
 
 @dataclass

@@ -32,9 +32,11 @@ _RANGES = {
     "train.log_every": COUNT,
     "parallel.expert": COUNT,
     "parallel.pipeline": COUNT,
+    "parallel.timeout_minutes": POSITIVE,
     "parallel.stages_per_rank": NATURAL,
     "checkpoint.every": NATURAL,
     "checkpoint.keep": NATURAL,
+    "checkpoint.keep_every": NATURAL,
     "metrics.peak_tflops": NATURAL,
     "metrics.trace_step": NATURAL,
 }
