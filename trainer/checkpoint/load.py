@@ -40,6 +40,7 @@ def load(checkpoint: Path, model: MoETransformer, engine: Engine, config: Config
 
 
 def _fill(checkpoint: Path, model: MoETransformer, engine: Engine, config: Config, where: str) -> dict[str, Any]:
+    manifest.check_sizes(checkpoint)
     check_same_model(checkpoint, config, where)
     state = _read_state(checkpoint)
     tensors = to_load(model, engine)
@@ -58,6 +59,7 @@ def load_weights(checkpoint: Path, model: MoETransformer) -> None:
     Raises:
         UserError: the checkpoint is damaged.
     """
+    manifest.check_sizes(checkpoint)
     _read(checkpoint, weights(model))
 
 
@@ -96,7 +98,6 @@ def _metadata(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    manifest.check_sizes(checkpoint)
     saved = _metadata(checkpoint)
     for name, tensor in tensors.items():
         size = [tensor.whole] if isinstance(tensor, FlatPiece) else list(tensor.shape)
