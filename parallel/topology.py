@@ -69,7 +69,10 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
             "gloo" if backend.device.type == "cpu" else f"cpu:gloo,{backend.device.type}:{backend.distributed_backend}"
         )
         if "RANK" in os.environ:
-            dist.init_process_group(name, timeout=limit)
+            store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
+            # torchrun keeps one store for all restarts: without this, ranks find addresses of processes long gone.
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(name, store=store, rank=rank, world_size=world, timeout=limit)
         else:
             dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     # Every rank has passed its checks, of the run directory too, before any goes on to write. Meeting for the first
