@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 
 from backends.errors import UserError
-from parallel.topology import world_size_from_environment
+from parallel.topology import attempt_from_environment, world_size_from_environment
 
 _JOIN = timedelta(minutes=30)  # for the first rank to appear, as in torch's own rendezvous
 _PATIENCE = 10.0  # seconds that a rank gives another to speak or to listen before it leaves
@@ -60,7 +60,7 @@ class _Room:
 
     def next_round(self) -> None:
         self._round += 1
-        self._store = dist.PrefixStore(f"agreement/{self._round}", self._base)
+        self._store = dist.PrefixStore(f"agreement/{attempt_from_environment()}/{self._round}", self._base)
 
     def put(self, key: str, value: Any) -> None:
         self._store.set(key, json.dumps(value))

@@ -57,6 +57,12 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def attempt_from_environment() -> int:
+    """How often torchrun has started these ranks again. It keeps one store for all attempts, so keys carry this:
+    otherwise ranks find addresses and words of processes long gone."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def start(backend: Backend, config: ParallelConfig) -> Topology:
     """Join the other processes (or none) and lay the mesh over them.
 
@@ -73,7 +79,9 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
         )
         if "RANK" in os.environ:
             choose_interface(world)
-            dist.init_process_group(name, timeout=limit)
+            store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
+            store = dist.PrefixStore(f"start-{attempt_from_environment()}", store)
+            dist.init_process_group(name, store=store, rank=rank, world_size=world, timeout=limit)
         else:
             dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     shape = (config.pipeline, world // (config.pipeline * config.expert), config.expert)
