@@ -15,7 +15,7 @@ from tests.small import write_inputs
 
 pytestmark = pytest.mark.slow  # eight processes that import everything: minutes on two cores
 
-LAYOUT = ["parallel.expert=2"]  # of four ranks, two on each host
+LAYOUT = ["parallel.pipeline=2", "parallel.expert=2"]  # of four ranks, two on each host
 STEPS = 10
 
 

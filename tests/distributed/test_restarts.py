@@ -16,9 +16,9 @@ from trainer import checkpoint
 
 # name, ranks, overrides
 LAYOUTS = [
-    ("dp2", 2, ""),
-    ("ep2", 2, "parallel.expert=2"),
     ("edp2-ep2", 4, "parallel.expert=2"),
+    ("pp2-zbv", 2, "parallel.pipeline=2 parallel.schedule=zbv model.num_layers=4 train.micro_batch_size=1"),
+    ("pp2-ep2", 4, "parallel.pipeline=2 parallel.expert=2"),
 ]
 MOMENTS = ("save", "step", "saved", "start", "save", "step", "save", "saved", "step")  # of the long matrix
 BOUND = 30.0  # seconds; gloo tells at once, and a busy machine takes its time
@@ -92,7 +92,7 @@ def test_runs_killed_many_times_go_on_bit_for_bit(tmp_path: Path, layout: tuple[
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    layouts = [(4, "parallel.expert=2", "step"), (2, "parallel.expert=2", "save"), (1, "", "")]
+    layouts = [(4, "parallel.pipeline=2 parallel.expert=2", "step"), (2, "parallel.expert=2", "save"), (1, "", "")]
     changing = [attempt(tmp_path, "changing", *layout, steps=40) for layout in layouts]
     run([attempt(tmp_path, "whole", 2, "", steps=40), *changing], timeout=240)
     for one, other in zip(figures(tmp_path / "whole"), figures(tmp_path / "changing"), strict=True):
