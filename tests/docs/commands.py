@@ -61,6 +61,8 @@ STARTED = {
     f"deepspeed --num_accelerators 2 {_TWO}": Started(TINY),
     "torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py --config configs/tiny.yaml --auto-resume "
     "parallel.expert=2 name=tiny-watched": Started(TINY),
+    "deepspeed --num_accelerators 4 launch/train.py --config configs/tiny.yaml parallel.pipeline=2 parallel.expert=2 "
+    "train.micro_batch_size=1 name=tiny-four": Started(TINY),
     f"torchrun --nproc-per-node 2 {_TWO}": Started((*TINY, "name=with-torchrun")),
 }
 
@@ -93,6 +95,7 @@ NOT_HERE = {
 # Ranks that a launcher's words start; the documents' hosts file has two machines with eight slots each.
 RANKS = {
     "deepspeed --num_accelerators 2": 2,
+    "deepspeed --num_accelerators 4": 4,
     "torchrun --nproc-per-node 2": 2,
     "deepspeed --hostfile hosts": 16,
     "torchrun --nnodes 2": 16,
