@@ -59,7 +59,6 @@ class Shard:
     size: int
     whole: int  # elements of the whole parameter
     state: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq": views of (size,)
-    copy: bool = False  # another rank owns it too: this one loads it and does not save it
 
 
 class _Partition(list):

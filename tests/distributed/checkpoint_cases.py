@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import backends
 from backends import UserError
 from parallel import topology
 from parallel.config import ParallelConfig
-from parallel.engine import Engine, Shard
 from parallel.failures import is_lost_peer
 from tests.distributed.ranks import report
 from tests.small import small_config
@@ -96,39 +95,6 @@ def large(path: Path, run_dir: Path, asynchronous: bool) -> dict[str, Any]:
     return found
 
 
-def copies(path: Path, run_dir: Path) -> list[Any]:
-    """Rank 1 also holds a parameter that rank 0 owns: loaded on both, saved by one."""
-    run = prepare(small_config(path, f"run_dir={run_dir}"), str(path), resume=False)
-    for shard in run.engine.shards():
-        shard.state["exp_avg"].uniform_(1.0, 2.0)
-    with saver(run) as made:
-        made.save(1, {})
-    held = next((shard for shard in run.engine.shards() if shard.size == shard.whole), None)
-    name, whole = topology.said_by_main((held.name, held.whole) if held else None) or ("", 0)
-    assert whole and (held is None or dist.get_rank() == 0 or held.name != name)
-    if held is None or dist.get_rank() == 1:
-        held = Shard(name, 0, whole, whole, {key: torch.zeros(whole) for key in KINDS}, copy=True)
-    real = Engine.shards
-
-    def shards(engine: Engine) -> Iterator[Shard]:
-        yield from real(engine)
-        if dist.get_rank() == 1:
-            yield held
-
-    Engine.shards = shards  # type: ignore[method-assign]
-    try:
-        for step in (1, 2):
-            newest = checkpoint.newest(run_dir)
-            assert newest is not None and checkpoint.step_of(newest) == step
-            held.state["exp_avg"].zero_()
-            checkpoint.load(newest, run.model, run.engine, run.config, "here")
-            with saver(run) as made:
-                made.save(step + 1, {})
-    finally:
-        Engine.shards = real  # type: ignore[method-assign]
-    return [float(held.state["exp_avg"].sum()), float(held.state["exp_avg"].min())]
-
-
 def one_disk_is_full(path: Path, run_dir: Path) -> list[str]:
     """Rank 1 cannot write: both hear of it, and the next save is whole."""
     run = prepare(small_config(path, f"run_dir={run_dir}"), str(path), resume=False)
@@ -180,7 +146,6 @@ def silent_peer() -> str:
 def main() -> None:
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
     found = {
-        "copies": copies(path, folder / "copies"),
         "one_disk_is_full": one_disk_is_full(path, folder / "full"),
         "failure_of_one": failure_of_one(),
     }

@@ -15,11 +15,6 @@ def ranks(small: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
     return run_ranks(2, "tests.distributed.checkpoint_cases", str(small), str(tmp_path_factory.mktemp("cases")))
 
 
-def test_a_copy_is_loaded_and_not_saved(ranks: list[dict[str, Any]]) -> None:
-    owner, other = (rank["copies"] for rank in ranks)
-    assert owner == other and owner[1] >= 1.0
-
-
 def test_what_one_rank_cannot_write_all_hear_of(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["one_disk_is_full"] for rank in ranks)
     assert first == second

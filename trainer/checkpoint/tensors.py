@@ -11,7 +11,7 @@ from trainer.model import MoETransformer
 
 def to_save(model: MoETransformer, engine: Engine) -> dict[str, Tensor]:
     """What this rank writes: each element of the state is written by one rank."""
-    tensors = _pieces(engine, copies=False) | _random()
+    tensors = _pieces(engine) | _random()
     if engine.topology.dp.rank == 0:  # replicas hold the same buffers
         tensors |= _buffers(model)
     return tensors
@@ -19,7 +19,7 @@ def to_save(model: MoETransformer, engine: Engine) -> dict[str, Tensor]:
 
 def to_load(model: MoETransformer, engine: Engine) -> dict[str, Tensor]:
     """What this rank reads, in place: all that it holds."""
-    return _pieces(engine, copies=True) | _random() | _buffers(model)
+    return _pieces(engine) | _random() | _buffers(model)
 
 
 def weights(model: MoETransformer) -> dict[str, Tensor]:
@@ -33,12 +33,11 @@ def random_name() -> str:
     return f"rng.{dist.get_rank()}"
 
 
-def _pieces(engine: Engine, copies: bool) -> dict[str, Tensor]:
+def _pieces(engine: Engine) -> dict[str, Tensor]:
     """Master weights and moments."""
     return {
         f"{kind}.{shard.name}": FlatPiece.of(values, shard.offset, shard.whole)
         for shard in engine.shards()
-        if copies or not shard.copy
         for kind, values in shard.state.items()
     }
 
