@@ -32,7 +32,6 @@ LARGE = (
     "metrics.tensorboard=false"
 ).split()
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
 def peak_growth(work: Callable[[], Any]) -> int:
