@@ -42,6 +42,7 @@ def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETran
         backend,
         clip_norm=config.optimizer.clip_norm,
         shared=_shared_embedding(model, pp),
+        zero_stage=layout.zero,
     )
     hidden_dtype = torch.promote_types(dtype, torch.float32) if config.model.residual_fp32 else dtype
     sequences = train.global_batch_tokens // config.data.sequence_length
