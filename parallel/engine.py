@@ -5,11 +5,11 @@ it with fp32 master weights and AdamW moments, clips, steps its part, and all pa
 a group of their own whose replicas are the ``edp`` ranks.
 
 Gradients do not take DeepSpeed's own path. They are added up in flat fp32 buffers that mirror the parameters, and
-summed over ranks straight into the part that the optimizer reads: once a step (ZeRO-1) or once a micro-batch (ZeRO-2,
-which keeps only that part), see parallel/gradients.py. Matrix multiplies write their weight gradients there themselves,
-at once or later (backends/weight_gradients.py); all others are folded in by a hook. That path has no bf16 rounding,
-does not depend on which hooks ran, and costs no pass over most gradients where DeepSpeed's bucket, partition, norm and
-flatten copies cost about eight (docs/benchmarks.md has the numbers).
+summed over ranks straight into the part that the optimizer reads: once a step (ZeRO-1, parallel/gradients.py) or once a
+micro-batch (ZeRO-2, parallel/buckets.py, which keeps only that part). Matrix multiplies write their weight gradients
+there themselves, at once or later (backends/weight_gradients.py); all others are folded in by a hook. That path has no
+bf16 rounding, does not depend on which hooks ran, and costs no pass over most gradients where DeepSpeed's bucket,
+partition, norm and flatten copies cost about eight (docs/benchmarks.md has the numbers).
 
 Convention: every loss is divided by the size of the *global* batch before backward, so gradients are summed over
 ranks and micro-batches, never averaged.
@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from backends.base import Backend
 from backends.weight_gradients import GradientSlot
-from parallel.gradients import FlatGroup, PartGradients, WholeGradients
+from parallel.buckets import PartGradients
+from parallel.gradients import FlatGroup, WholeGradients
 from parallel.pipeline.shared import SharedWeight
 from parallel.topology import Axis, Topology
 

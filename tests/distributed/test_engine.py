@@ -52,7 +52,7 @@ def test_zero_2_refuses_gradients_that_come_too_late(ranks: list[dict[str, Any]]
 
 
 def test_zero_2_holds_its_part_and_a_few_buckets(ranks: list[dict[str, Any]]) -> None:
-    """48 MiB of gradients on two ranks, buckets of 4 MiB: one fills, one is on its way."""
+    """48 MiB of gradients on two ranks, buckets of 4 MiB: one fills, one is on its way. Here: 35 MiB."""
     for rank in ranks:
         assert rank["memory"]["zero 1"] > 46
         # gloo has buffers of its own for a bucket that it sums.
