@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from backends.base import Backend
 from backends.weight_gradients import GradientSlot
 from parallel.buckets import PartGradients
+from parallel.collectives import gather_parts
 from parallel.gradients import FlatGroup, WholeGradients
 from parallel.pipeline.shared import SharedWeight
 from parallel.topology import Axis, Topology
@@ -74,16 +74,22 @@ class _Partition(list):
 def _deepspeed() -> Any:
     """Import DeepSpeed without its start-up builds and banners."""
     os.environ.setdefault("LOCAL_RANK", "0")  # it insists, even without a launcher
-    # It still calls torch's older name of one collective, once per rank and call site.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
     import deepspeed
+    from deepspeed.runtime.zero import stage_1_and_2
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)  # its start-up notes and warnings are about choices that this file makes
 
     # Its shared-memory collectives would be compiled at start (36 to 80 s); gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    stage_1_and_2.all_gather_dp_groups = _gather
     return deepspeed
+
+
+def _gather(groups_flat: list[Tensor], dp_process_group: list[dist.ProcessGroup], **_: Any) -> None:
+    """DeepSpeed's gathering of the weights, by our collective and without a limit on its size."""
+    for flat, group in zip(groups_flat, dp_process_group, strict=True):
+        gather_parts(flat, group)
 
 
 class Engine:
@@ -311,7 +317,6 @@ def _build(
                 has_moe_layers=self.has_moe_layers,
                 gradient_accumulation_dtype=next(self.module.parameters()).dtype,
                 communication_data_type=torch.float32,
-                allgather_bucket_size=1 << 28,
                 check_grad_overflow=False,  # the norm says it already
             )
             _settle(zero)

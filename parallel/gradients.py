@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from backends.weight_gradients import GradientSlot
+from parallel.collectives import sum_part
 from parallel.topology import Axis
 
 
@@ -56,26 +56,4 @@ class WholeGradients:
 
     def reduce(self) -> list[Tensor]:
         """The part of every group (part,) that this rank steps, summed over the replicas. The slots must be closed."""
-        return [_sum_of_part(group.replicas, flat) for group, flat in self._flats]
-
-
-def _sum_of_part(replicas: Axis, flat: Tensor) -> Tensor:
-    """This rank's part of ``flat``, where the sum over the replicas now is; the others' parts are of no use any more.
-
-    On the CPU every rank sends each other its part, in turn. gloo's reduce-scatter is an all-reduce of a copy: twice
-    the traffic, and as much memory again as there are gradients.
-    """
-    parts = flat.chunk(replicas.size)
-    own = parts[replicas.rank]
-    if replicas.size > 1 and flat.device.type != "cpu":
-        dist.reduce_scatter_single(own, flat, group=replicas.group)
-    elif replicas.size > 1:
-        theirs = torch.empty_like(own)
-        for distance in range(1, replicas.size):
-            to, origin = ((replicas.rank + step) % replicas.size for step in (distance, -distance))
-            send = dist.P2POp(dist.isend, parts[to], group=replicas.group, group_peer=to)
-            receive = dist.P2POp(dist.irecv, theirs, group=replicas.group, group_peer=origin)
-            for work in dist.batch_isend_irecv([send, receive]):
-                work.wait()
-            own += theirs
-    return own
+        return [sum_part(flat, group.replicas.group) for group, flat in self._flats]
