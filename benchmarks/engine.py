@@ -43,11 +43,11 @@ from trainer.model import MicroBatch, MoETransformer, Share  # noqa: E402
 from trainer.optimizer import adamw, parameter_groups  # noqa: E402
 
 PROCESSES = 4
-# 31 M parameters. The shared embedding of multi-token prediction would need more than torch's plain optimizer.
+# 30 M parameters. The shared embedding of multi-token prediction would need more than torch's plain optimizer.
 MODEL = """
 model.hidden_size=256 model.num_layers=6 model.vocab_size=8192 model.dense_hidden_size=1024
 model.moe.expert_hidden_size=128 model.moe.num_experts=48 model.moe.expert_bias=false model.mtp_layers=0
-data.sequence_length=128 train.global_batch_tokens=4096 train.micro_batch_size=2 train.precision=fp32
+data.sequence_length=128 train.global_batch_tokens=4096 train.micro_batch_size=2 train.precision=fp32 optimizer.lr=0.0003
 """.split()
 LAYOUTS = {"pp2 × dp2, 1f1b": ["parallel.pipeline=2"], "dp4": ["parallel.pipeline=1"]}
 
