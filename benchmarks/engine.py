@@ -47,7 +47,8 @@ PROCESSES = 4
 MODEL = """
 model.hidden_size=256 model.num_layers=6 model.vocab_size=8192 model.dense_hidden_size=1024
 model.moe.expert_hidden_size=128 model.moe.num_experts=48 model.moe.expert_bias=false model.mtp_layers=0
-data.sequence_length=128 train.global_batch_tokens=2048 train.micro_batch_size=2 train.precision=fp32 optimizer.lr=0.0003
+data.sequence_length=128 train.global_batch_tokens=2048 train.micro_batch_size=2 train.precision=fp32
+optimizer.lr=0.0003
 """.split()
 LAYOUTS = {"pp2 × dp2, 1f1b": ["parallel.pipeline=2"], "dp4": ["parallel.pipeline=1"]}
 
