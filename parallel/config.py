@@ -27,6 +27,11 @@ class ParallelConfig:
     stages_per_rank: int = _key(
         0, "pipeline stages on each rank; 0: what the schedule needs (1 for gpipe and 1f1b, 2 for the others)"
     )
+    zero: int = _key(
+        1,
+        "data-parallel ranks divide the optimizer's state (1), or the gradients as well (2), which are then summed in "
+        "every micro-batch; 2 goes without a pipeline",
+    )
     layers_per_stage: list[int] = _key(list, "layers of each pipeline stage; empty: balanced by estimated cost")
     timeout_minutes: float = _key(10.0, "minutes that a rank waits for the others in one exchange before the job ends")
 

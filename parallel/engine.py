@@ -4,12 +4,12 @@ DeepSpeed gives ZeRO-1: parameters of a group lie in one flat buffer, each data-
 it with fp32 master weights and AdamW moments, clips, steps its part, and all parts are gathered again. Experts are
 a group of their own whose replicas are the ``edp`` ranks.
 
-Gradients do not take DeepSpeed's own path. They are added up, micro-batch by micro-batch, in one flat fp32 buffer per
-group that mirrors the parameters, which is reduce-scattered once per step straight into the part that the optimizer
-reads. Matrix multiplies write their weight gradients there themselves, at once or later (backends/weight_gradients.py);
-all others are folded in by a hook. That path has no bf16 rounding, does not depend on which hooks ran, allocates
-nothing per step, and costs no pass over most gradients where DeepSpeed's bucket, partition, norm and flatten copies
-cost about eight (docs/benchmarks.md has the numbers).
+Gradients do not take DeepSpeed's own path. They are added up in flat fp32 buffers that mirror the parameters, and
+summed over ranks straight into the part that the optimizer reads: once a step (ZeRO-1, parallel/gradients.py) or once a
+micro-batch (ZeRO-2, parallel/buckets.py, which keeps only that part). Matrix multiplies write their weight gradients
+there themselves, at once or later (backends/weight_gradients.py); all others are folded in by a hook. That path has no
+bf16 rounding, does not depend on which hooks ran, and costs no pass over most gradients where DeepSpeed's bucket,
+partition, norm and flatten copies cost about eight (docs/benchmarks.md has the numbers).
 
 Convention: every loss is divided by the size of the *global* batch before backward, so gradients are summed over
 ranks and micro-batches, never averaged.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,9 @@ from torch import Tensor, nn
 
 from backends.base import Backend
 from backends.weight_gradients import GradientSlot
+from parallel.buckets import PartGradients
+from parallel.collectives import gather_parts
+from parallel.gradients import FlatGroup, WholeGradients
 from parallel.pipeline.shared import SharedWeight
 from parallel.topology import Axis, Topology
 
@@ -72,20 +74,26 @@ class _Partition(list):
 def _deepspeed() -> Any:
     """Import DeepSpeed without its start-up builds and banners."""
     os.environ.setdefault("LOCAL_RANK", "0")  # it insists, even without a launcher
-    # It still calls torch's older name of one collective, once per rank and call site.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
     import deepspeed
+    from deepspeed.runtime.zero import stage_1_and_2
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)  # its start-up notes and warnings are about choices that this file makes
 
     # Its shared-memory collectives would be compiled at start (36 to 80 s); gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    stage_1_and_2.all_gather_dp_groups = _gather
     return deepspeed
 
 
+def _gather(groups_flat: list[Tensor], dp_process_group: list[dist.ProcessGroup], **_: Any) -> None:
+    """DeepSpeed's gathering of the weights, by our collective and without a limit on its size."""
+    for flat, group in zip(groups_flat, dp_process_group, strict=True):
+        gather_parts(flat, group)
+
+
 class Engine:
-    """Owns the optimizer side of training: gradients, their reduction, clipping, the ZeRO-1 step.
+    """Owns the optimizer side of training: gradients, their reduction, clipping, the ZeRO step.
 
     Args:
         module: the model (or this rank's part of it), weights in place.
@@ -94,6 +102,8 @@ class Engine:
             own unfused AdamW takes longer than the rest of its step.
         clip_norm: largest global gradient norm; 0 never clips.
         shared: a weight of another pipeline stage too; where it is a copy it is in none of the groups.
+        zero_stage: 1, or 2 to keep only this rank's part of the gradients; then without a pipeline, and with
+            :meth:`end_micro_batch` after every backward pass.
     """
 
     def __init__(
@@ -105,6 +115,7 @@ class Engine:
         backend: Backend,
         clip_norm: float = 0.0,
         shared: SharedWeight | None = None,
+        zero_stage: int = 1,
     ) -> None:
         self.topology, self.groups = topology, [group for group in groups if group.parameters]
         low_precision = next(module.parameters()).dtype == torch.bfloat16
@@ -114,24 +125,28 @@ class Engine:
             deepspeed, module, self.groups, make_optimizer, topology, _ds_config(clip_norm, low_precision)
         )
         self.zero = self._deepspeed.optimizer
-        self._slots: dict[nn.Parameter, GradientSlot] = {}
-        self._flats: list[Tensor] = []
-        for index, group in enumerate(self.groups):
-            flat = torch.zeros_like(self.zero.bit16_groups_flat[index], dtype=torch.float32)
-            self._flats.append(flat)
-            for parameter, offset in zip(group.parameters, self.zero.round_robin_bit16_offsets[index], strict=True):
-                self._attach(parameter, flat[offset : offset + parameter.numel()].view_as(parameter))
+        flat = [
+            FlatGroup(group.parameters, offsets, buffer.numel(), self._replicas(group))
+            for group, offsets, buffer in zip(
+                self.groups, self.zero.round_robin_bit16_offsets, self.zero.bit16_groups_flat, strict=True
+            )
+        ]
+        self._gradients: WholeGradients | PartGradients
+        if zero_stage == 2:
+            assert topology.pp.size == 1, "validate_layout of the config comes first"
+            self._gradients = PartGradients(flat, {p: number for number, p in enumerate(module.parameters())})
+        else:
+            self._gradients = WholeGradients(flat)
+        self._slots = dict(self._gradients.slots)
         self.shared = shared
         if shared is not None and not shared.owned:
-            self._attach(shared.weight, torch.zeros_like(shared.weight, dtype=torch.float32))
-
-    def _attach(self, parameter: nn.Parameter, place: Tensor) -> None:
-        slot = GradientSlot(place)
-        self._slots[parameter] = parameter.gradient_slot = slot  # type: ignore[attr-defined]
-        parameter.register_post_accumulate_grad_hook(self._fold)
+            self._slots[shared.weight] = GradientSlot(torch.zeros_like(shared.weight, dtype=torch.float32))
+        for parameter, slot in self._slots.items():
+            parameter.gradient_slot = slot  # type: ignore[attr-defined]
+            parameter.register_post_accumulate_grad_hook(self._fold)
 
     def _fold(self, parameter: nn.Parameter) -> None:
-        """Move a fresh ``.grad`` into the flat buffer, if there is one: multiplies put theirs there themselves."""
+        """Move a fresh ``.grad`` into its slot, if there is one: multiplies put theirs there themselves."""
         if parameter.grad is not None:
             self._slots[parameter].add(parameter.grad)
             parameter.grad = None
@@ -142,6 +157,12 @@ class Engine:
             self._fold(parameter)
 
     @torch.no_grad()
+    def end_micro_batch(self) -> None:
+        """After the backward pass of a micro-batch, on all ranks; ZeRO-1 can do without."""
+        self.flush()
+        self._gradients.end_micro_batch()
+
+    @torch.no_grad()
     def reduce(self) -> None:
         """Sum the gradients of all micro-batches over the replicas, into the part that this rank steps."""
         self.flush()
@@ -149,12 +170,8 @@ class Engine:
             slot.close()
         if self.shared is not None:
             self.shared.collect(self._slots[self.shared.weight].view)
-        for index, group in enumerate(self.groups):
-            axis = self._replicas(group)
-            parts = self._flats[index].chunk(axis.size)
-            if axis.size > 1:
-                dist.reduce_scatter_single(parts[axis.rank], self._flats[index], group=axis.group)
-            self.zero.averaged_gradients[index] = _Partition(parts[axis.rank])
+        for index, part in enumerate(self._gradients.reduce()):
+            self.zero.averaged_gradients[index] = _Partition(part)
 
     def step(self, lr: float) -> float:
         """Clip and update with learning rate ``lr``. After :meth:`reduce`.
@@ -300,7 +317,6 @@ def _build(
                 has_moe_layers=self.has_moe_layers,
                 gradient_accumulation_dtype=next(self.module.parameters()).dtype,
                 communication_data_type=torch.float32,
-                allgather_bucket_size=1 << 28,
                 check_grad_overflow=False,  # the norm says it already
             )
             _settle(zero)

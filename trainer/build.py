@@ -19,6 +19,22 @@ from trainer.precision import weights_dtype
 
 def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETransformer, Engine, Pipeline]:
     """This rank's part of the model with its initial weights, the engine around it, and its end of the pipeline."""
+    model, pipeline = build_model(config, topology, backend)
+    engine = Engine(
+        model,
+        parameter_groups(model, config.optimizer.weight_decay),
+        adamw(config.optimizer),
+        topology,
+        backend,
+        clip_norm=config.optimizer.clip_norm,
+        shared=_shared_embedding(model, topology.pp),
+        zero_stage=config.parallel.zero,
+    )
+    return model, engine, pipeline
+
+
+def build_model(config: Config, topology: Topology, backend: Backend) -> tuple[MoETransformer, Pipeline]:
+    """The same without an engine."""
     train, layout, pp = config.train, config.parallel, topology.pp
     counts = layers_per_stage(config)
     held = held_by(pp.rank, pp.size, counts, layout.schedule)
@@ -34,15 +50,6 @@ def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETran
     exchange = Exchange(topology.ep, topology.ep_backward, clock)
     shard_experts([moe for _, moe in model.moe_layers()], exchange, backend.ops)
     materialize(model, config.seed, backend.device)
-    engine = Engine(
-        model,
-        parameter_groups(model, config.optimizer.weight_decay),
-        adamw(config.optimizer),
-        topology,
-        backend,
-        clip_norm=config.optimizer.clip_norm,
-        shared=_shared_embedding(model, pp),
-    )
     hidden_dtype = torch.promote_types(dtype, torch.float32) if config.model.residual_fp32 else dtype
     sequences = train.global_batch_tokens // config.data.sequence_length
     shape = (train.micro_batch_size, config.data.sequence_length, config.model.hidden_size)
@@ -56,7 +63,7 @@ def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETran
         torch.empty(shape, dtype=hidden_dtype, device=backend.device),
         clock,
     )
-    return model, engine, pipeline
+    return model, pipeline
 
 
 def layers_per_stage(config: Config) -> list[int]:

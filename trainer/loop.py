@@ -92,7 +92,7 @@ class Loop:
             batch = run.training.read(self.sequences, self.mine)
             tokens = sum_over(run.topology.dp, (batch.labels_BS != IGNORED).sum().to(run.backend.device))
             micros = self._micro_batches(batch, Share(tokens=float(tokens), sequences=float(self.sequences)))
-        run.pipeline.train(micros)
+        run.pipeline.train(micros, run.engine.end_micro_batch)
         with clock.span("reduce"):
             run.engine.reduce()
         lr = learning_rate(config.schedule, config.optimizer.lr, run.step + 1, config.train.steps)

@@ -3,7 +3,7 @@ of `torch.distributed.pipelining` on several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,13 +84,18 @@ class Pipeline:
         """Micro-batches that an evaluation has to be given at a time."""
         return self.micro_batches if self._schedule else 1
 
-    def train(self, micro_batches: Sequence[Any]) -> None:
-        """Forward and backward of every micro-batch; gradients add up."""
+    def train(self, micro_batches: Sequence[Any], end_micro_batch: Callable[[], None]) -> None:
+        """Forward and backward of every micro-batch; gradients add up.
+
+        Args:
+            end_micro_batch: called after each backward pass, on one rank. A schedule has no such moment.
+        """
         self.clock.begin()
         with self.clock.span("forward_backward"):
             if self._schedule is None:
                 for batch in micro_batches:
                     self.model.part(self._whole, None, batch).backward()
+                    end_micro_batch()
             else:
                 self._feed(micro_batches)
                 self._schedule.step(target=self._targets(), return_outputs=False)

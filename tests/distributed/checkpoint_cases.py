@@ -33,7 +33,6 @@ LARGE = (
 ).split()
 
 
-
 def peak_growth(work: Callable[[], Any]) -> int:
     """Bytes by which the resident memory of this process grows at most while ``work`` runs."""
 

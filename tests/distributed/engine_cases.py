@@ -3,7 +3,9 @@
 Reports a dictionary of findings that tests/distributed/test_engine.py judges.
 """
 
+import math
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,16 +13,17 @@ from torch import nn
 
 import backends
 from backends.weight_gradients import deferred
-from parallel import topology
+from parallel import buckets, topology
 from parallel.clock import Clock
 from parallel.config import ParallelConfig
 from parallel.dispatch import AllToAllDispatcher, Exchange
 from parallel.engine import Engine, ParameterGroup
+from parallel.gradients import FlatGroup, WholeGradients
 from tests.distributed.ranks import report
 
 
 def engine_over(
-    parameters: dict[str, nn.Parameter], place: topology.Topology, expert: bool, clip: float = 0.0
+    parameters: dict[str, nn.Parameter], place: topology.Topology, expert: bool, clip: float = 0.0, stage: int = 1
 ) -> Engine:
     module = nn.ParameterDict({name.replace(".", "_"): p for name, p in parameters.items()})
     group = ParameterGroup(list(parameters), list(parameters.values()), 0.0, expert)
@@ -28,7 +31,7 @@ def engine_over(
     def sgd_like(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=1.0, betas=(0.0, 0.0), eps=1.0, fused=True)
 
-    return Engine(module, [group], sgd_like, place, backends.select("cpu"), clip_norm=clip)
+    return Engine(module, [group], sgd_like, place, backends.select("cpu"), clip, zero_stage=stage)
 
 
 def own_gradients(engine: Engine) -> list[float]:
@@ -79,12 +82,103 @@ def unused_parameter(place: topology.Topology) -> list[float]:
     return own_gradients(engine)
 
 
-def expert_replicas(place: topology.Topology) -> list[float]:
+def expert_replicas(place: topology.Topology, stage: int) -> list[float]:
     """ep 2: each rank has experts of its own, whose gradients nobody else may add to."""
     parameter = nn.Parameter(torch.ones(2))
-    engine = engine_over({"w": parameter}, place, expert=True)
+    engine = engine_over({"w": parameter}, place, expert=True, stage=stage)
     (parameter * (place.rank + 1.0)).sum().backward()
+    engine.end_micro_batch()
     return own_gradients(engine)
+
+
+def both_stages(place: topology.Topology) -> dict[str, Any]:
+    """ZeRO-1 and ZeRO-2 on the same gradients: two steps, of three micro-batches and of one.
+
+    Whole numbers, so that any order of sums is exact. Buckets of 16 elements: `large` has one of its own, which both
+    ranks own some of; `some` shares one with `small`, `last` with `none`. Rank 1 does not use `some`, nobody `none`.
+    """
+    shapes = {"tied": (4, 3), "small": (3,), "some": (3, 3), "large": (9, 3), "none": (5,), "last": (3, 3)}
+    ops = backends.select("cpu").ops
+    found: dict[str, Any] = {}
+    for stage in (1, 2):
+        weights = {
+            name: nn.Parameter((torch.arange(math.prod(shape)) % 3 + 1.0).view(shape)) for name, shape in shapes.items()
+        }
+        bare = nn.Parameter(torch.ones(2))
+        with mock.patch.object(buckets, "BUCKET_BYTES", 64):
+            engine = engine_over({**weights, "bare": bare}, place, expert=False, stage=stage)
+        draw = torch.Generator().manual_seed(place.rank)
+        steps = []
+        for micro_batches in (3, 1):
+            for number in range(micro_batches):
+                tokens = torch.randint(4, (5,), generator=draw)
+                x = torch.nn.functional.embedding(tokens, weights["tied"]) * weights["small"]
+                if place.rank == 0:
+                    x = ops.linear(x, weights["some"])
+                x = ops.linear(ops.linear(x, weights["large"]).view(-1, 3), weights["last"])
+                ops.linear(x, weights["tied"]).sum().backward()
+                bare.grad = torch.full((2,), number + 1.0)
+                engine.end_micro_batch()
+            engine.reduce()
+            part = engine.zero.averaged_gradients[0].flat_partition
+            steps.append(part.tolist())
+            engine.step(0.0)
+        found[f"zero {stage}"] = {"steps": steps, "held": part.untyped_storage().nbytes() // part.itemsize}
+    return found
+
+
+def gradients_too_late(place: topology.Topology) -> list[str]:
+    """A second backward pass in a micro-batch, and a step without the end of one."""
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    engine = engine_over({"first": first, "second": second}, place, expert=False, stage=2)
+    said = []
+    for _ in range(2):
+        try:
+            (first * second).sum().backward()
+        except AssertionError as error:
+            said.append(str(error))
+    first.grad = second.grad = None
+    engine.end_micro_batch()
+    first.grad = torch.ones(2)
+    try:
+        engine.reduce()
+    except AssertionError as error:
+        said.append(str(error))
+    return said
+
+
+def memory(place: topology.Topology) -> dict[str, float]:
+    """Growth of the process, in MiB, over a step of three micro-batches on 48 MiB of weights, 24 of them ours."""
+    backend = backends.select("cpu")
+    weights = [nn.Parameter(torch.full((1024, 512), 1e-3)) for _ in range(24)]
+    group = FlatGroup(weights, range(0, 24 << 19, 1 << 19), 24 << 19, place.dp)
+    # Whatever is made at a first use, by autograd and by gloo.
+    backend.ops.linear(torch.ones(1, 2), nn.Parameter(torch.ones(2, 2))).sum().backward()
+    dist.reduce(torch.ones(2), 0)
+    grown = {}
+    for stage in (2, 1):  # the first leaves little for the other to take over
+        backend.reset_peak_memory()
+        before = backend.memory().allocated
+        with mock.patch.object(buckets, "BUCKET_BYTES", 4 << 20):
+            kept = (
+                WholeGradients([group])
+                if stage == 1
+                else buckets.PartGradients([group], {weight: number for number, weight in enumerate(weights)})
+            )
+        for weight, slot in kept.slots.items():
+            weight.gradient_slot = slot  # type: ignore[attr-defined]
+        for _ in range(3):
+            x = torch.ones(1, 512)
+            for weight in weights:
+                x = backend.ops.linear(x, weight)[:, :512]
+            x.sum().backward()
+            kept.end_micro_batch()
+        for slot in kept.slots.values():
+            slot.close()
+        kept.reduce()
+        grown[f"zero {stage}"] = (backend.memory().peak - before) / 2**20
+        del kept, slot
+    return grown
 
 
 def global_norm(place: topology.Topology) -> list[float]:
@@ -150,11 +244,14 @@ def main() -> None:
     expert = topology.start(backend, ParallelConfig(expert=2))
     report(
         {
+            "memory": memory(data),  # first: nothing has been freed that could be taken again
             "bf16_reduction": bf16_reduction(data),
             "gradient_without_hooks": gradient_without_hooks(data),
             "deferred_and_tied": deferred_and_tied(data),
             "unused_parameter": unused_parameter(data),
-            "expert_replicas": expert_replicas(expert),
+            "both_stages": both_stages(data),
+            "gradients_too_late": gradients_too_late(data),
+            "expert_replicas": [expert_replicas(expert, stage) for stage in (1, 2)],
             "global_norm": global_norm(expert),
             "dispatch": dispatch(expert),
         }

@@ -16,6 +16,7 @@ BOUND = 1e-5
 STEPS = 20
 
 # name, ranks, overrides
+ONE_MICRO_BATCH = "train.micro_batch_size=4"  # on two ranks
 LAYOUTS = [
     ("one", 1, ""),
     ("one-recompute", 1, "train.activation_checkpointing=layer"),
@@ -26,6 +27,10 @@ LAYOUTS = [
     ("dp4", 4, ""),
     ("edp2-ep2", 4, "parallel.expert=2"),
     ("ep4", 4, "parallel.expert=4"),
+    ("dp2-zero2", 2, "parallel.zero=2"),
+    ("edp2-ep2-zero2-recompute", 4, "parallel.zero=2 parallel.expert=2 train.activation_checkpointing=layer"),
+    ("dp2-whole", 2, f"{ONE_MICRO_BATCH} train.steps=5"),
+    ("dp2-zero2-whole", 2, f"{ONE_MICRO_BATCH} train.steps=5 parallel.zero=2"),
 ]
 # More ranks than most machines have cores: slow, and the same code.
 LARGE = [
@@ -52,9 +57,15 @@ def train_all(folder: Path, ranks: int, layouts: list[tuple[str, int, str]]) -> 
         assert outcome == ["done"] * len(lines)
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in LAYOUTS if name != "one"])
+@pytest.mark.parametrize("name", [name for name, *_ in LAYOUTS if name != "one" and not name.endswith("whole")])
 def test_a_layout_trains_the_same_model(runs: Path, name: str) -> None:
     assert_same_model(runs, name)
+
+
+def test_zero_2_with_one_micro_batch_is_bitwise_zero_1(runs: Path) -> None:
+    """Each sum has two terms, in one order or the other: the same number."""
+    whole, part = tensors(runs / "dp2-whole"), tensors(runs / "dp2-zero2-whole")
+    assert all(torch.equal(value, part[key]) for key, value in whole.items())
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ _RANGES = {
     "parallel.pipeline": COUNT,
     "parallel.timeout_minutes": POSITIVE,
     "parallel.stages_per_rank": NATURAL,
+    "parallel.zero": Rule(lambda value: value in (1, 2), "it must be 1 or 2"),
     "checkpoint.every": NATURAL,
     "checkpoint.keep": NATURAL,
     "checkpoint.keep_every": NATURAL,
@@ -61,8 +62,8 @@ def validate_layout(config: Config, world_size: int, where: str) -> None:
 
     Raises:
         UserError: the ranks do not factor into the layout, layers into stages, experts do not split evenly over
-            expert-parallel ranks, the global batch over data-parallel ranks and micro-batches, or the schedule cannot
-            run so many micro-batches.
+            expert-parallel ranks, the global batch over data-parallel ranks and micro-batches, the schedule cannot
+            run so many micro-batches, or ZeRO-2 meets a pipeline.
     """
     _check_pipeline(config, world_size, where)
     expert, experts = config.parallel.expert, config.model.moe.num_experts
@@ -120,6 +121,14 @@ def _check_pipeline(config: Config, world_size: int, where: str) -> None:
             "parallel.stages_per_rank",
             f"is {layout.stages_per_rank}, but parallel.schedule={layout.schedule} has {chunks} on each rank",
             f"use {chunks} or 0",
+        )
+    if layout.zero == 2:
+        _refuse(
+            where,
+            "parallel.zero",
+            f"2 sums the gradients of every micro-batch over ranks, which parallel.pipeline={layout.pipeline} has in "
+            "flight together",
+            "use parallel.zero=1",
         )
     if layout.stages > layers:
         _refuse(

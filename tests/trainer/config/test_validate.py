@@ -47,6 +47,7 @@ def test_the_defaults_are_valid():
         ({"optimizer__clip_norm": -1.0}, "x.yaml: optimizer.clip_norm: is -1; it must be 0 or more"),
         ({"schedule__min_ratio": 1.5}, "x.yaml: schedule.min_ratio: is 1.5; it must lie between 0 and 1"),
         ({"data__validation_fraction": 1.0}, "x.yaml: data.validation_fraction: is 1; it must be above 0 and below 1"),
+        ({"parallel__zero": 3}, "x.yaml: parallel.zero: is 3; it must be 1 or 2"),
         ({"parallel__expert": 0}, "x.yaml: parallel.expert: is 0; it must be at least 1"),
         ({"seed": -1}, "x.yaml: seed: is -1; it must be 0 or more"),
         (
@@ -105,6 +106,14 @@ def layout_refusal(world_size: int, **values) -> str:
     with pytest.raises(UserError) as raised:
         validate_layout(config_with(**values), world_size, "x.yaml")
     return str(raised.value)
+
+
+def test_zero_2_has_no_pipeline():
+    assert layout_refusal(4, parallel__zero=2, parallel__pipeline=2, model__num_layers=4) == (
+        "x.yaml: parallel.zero: 2 sums the gradients of every micro-batch over ranks, which parallel.pipeline=2 has in "
+        "flight together; use parallel.zero=1"
+    )
+    validate_layout(config_with(parallel__zero=2), 4, "x.yaml")
 
 
 def test_experts_that_do_not_split():
