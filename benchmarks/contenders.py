@@ -36,11 +36,11 @@ def _loss(model: MoETransformer, tokens_BS: Tensor) -> Tensor:
 
 
 def moebius(job: dict[str, Any]) -> Contender:
-    """Through ``trainer.setup.build``: the DeepSpeed engine with ZeRO-1."""
-    from trainer.setup import build  # brings in all of training, which the plain loop does without
+    """Through ``trainer.build.build``: the DeepSpeed engine with ZeRO-1."""
+    from trainer.build import build  # brings in all of training, which the plain loop does without
 
     config, backend = _prepare(job)
-    model, engine = build(config, topology.start(backend, config.parallel), backend)
+    model, engine, _ = build(config, topology.start(backend, config.parallel), backend)
     model.train()
 
     def step(tokens_BS: Tensor) -> Tensor:
