@@ -24,6 +24,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_table() -> None:
     done = bench("--steps", "3", "--warmup", "1", *TINY)
     assert done.returncode == 0, done.stderr

@@ -62,7 +62,7 @@ def test_it_trains_what_one_process_trains_and_stops_on_sigterm(tmp_path: Path) 
     ("ranks", "override", "message"),
     [
         (3, "parallel.expert=2", "parallel.expert: 3 ranks do not divide into groups of 2; use 1"),
-        (2, "parallel.expert=3", "model.moe.num_experts=8 is not divisible by 3"),
+        pytest.param(2, "parallel.expert=3", "model.moe.num_experts=8 is not divisible by 3", marks=pytest.mark.slow),
     ],
 )
 def test_a_layout_that_cannot_be_is_one_line_and_exit_code_2(

@@ -108,7 +108,12 @@ def test_no_table_has_a_command_that_no_document_has(command):
     assert command in {documented.text for documented in COMMANDS}
 
 
-@pytest.mark.parametrize("command", STARTED)
+def _by_cost(command):
+    """Several processes take long to start."""
+    return pytest.param(command, marks=pytest.mark.slow) if command.startswith(("deepspeed", "torchrun")) else command
+
+
+@pytest.mark.parametrize("command", [_by_cost(command) for command in STARTED])
 def test_a_command_that_trains(sandbox, command):
     assert STARTED[command].shows in sandbox.start(command)
 

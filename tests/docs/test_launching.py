@@ -75,6 +75,7 @@ def port_offset() -> int:
                 return number
 
 
+@pytest.mark.slow
 def test_the_slurm_script_trains(checkout: Path, small: Path) -> None:
     stand_in(checkout, "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
     stand_in(checkout, "scontrol", "echo localhost")
