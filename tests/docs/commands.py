@@ -83,6 +83,7 @@ NOT_HERE = {
     "python benchmarks/step.py --config configs/bench/dsv3.yaml --peer transformers --precision bf16": "minutes",
     "python benchmarks/bubble.py --pp 4 --microbatches 8 16": "a minute; tests/benchmarks runs it with pauses of 1 ms",
     "OMP_NUM_THREADS=1 python benchmarks/engine.py": "minutes; tests/benchmarks runs the script on a model of no size",
+    "python -m tests.distributed.matrix": "an hour; tests/distributed/test_pipelines.py runs parts of it",
     "tensorboard --logdir runs": "a server that runs until it is stopped",
     f"deepspeed --hostfile hosts {_BIG}": "two machines; tests/distributed/test_hosts.py makes two",
     "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr first --master-port 29500 "
