@@ -74,7 +74,7 @@ def kill_and_compare(folder: Path, layouts: Sequence[tuple[str, int, str]], mome
     for name, ranks, overrides in layouts:
         whole = attempt(folder, f"{name}-whole", ranks, overrides, steps=steps)
         killed = [attempt(folder, name, ranks, overrides, kill, steps) for kill in (*moments, "")]
-        run([whole, *killed], timeout=60 + 30 * len(killed))
+        run([whole, *killed], timeout=120 + 60 * len(killed))
         assert_same_run(folder / f"{name}-whole", folder / name)
 
 
