@@ -87,7 +87,7 @@ def _sample(run: "Run", prompts: list[str]) -> None:
         model,
         tokenizer,
         prompts,
-        max_new_tokens=64,
+        max_new_tokens=48,
         sequence_length=config.data.sequence_length,
         device=run.backend.device,
     ):
