@@ -100,6 +100,25 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def run_alone(command: list[str], folder: Path, env: dict[str, str], timeout: float = 120) -> tuple[int, str]:
+    """Exit code and output, errors included, of a command that leaves nothing running behind."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        stop(process)
+    return process.returncode, output
+
+
 def report(value: Any) -> None:
     """What a rank hands back to :func:`run_ranks`."""
     Path(os.environ["RESULT"]).write_text(json.dumps(value))

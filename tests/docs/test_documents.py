@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
-from tests.distributed.ranks import environment, free_port, stop
+from tests.distributed.ranks import environment, free_port, run_alone
 from tests.docs.commands import BY_CI, INSIDE, NOT_HERE, NOT_IN_THE_CHECKOUT, OTHER_FLAGS, RANKS, SAME, STARTED, TRAIN
 from tests.docs.documents import DOCUMENTS, ROOT, anchors, blocks, commands, links, prose, spans
 from trainer.config.catalogue import sections
@@ -49,21 +48,9 @@ class Sandbox:
                 words[1:1] = [PORT_FLAG[words[0]], str(free_port())]
             folder = Path(sys.executable).parent
             path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-            process = subprocess.Popen(
-                [*words, *how.overrides, f"data.cache_dir={self.folder}/cache"],
-                cwd=self.folder,
-                env=environment(PATH=path, HOME=str(self.folder / "home")),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-            try:
-                output, _ = process.communicate(timeout=120)
-            finally:
-                stop(process)
-            assert process.returncode == 0, f"{command}\n{output[-6000:]}"
+            words = [*words, *how.overrides, f"data.cache_dir={self.folder}/cache"]
+            code, output = run_alone(words, self.folder, environment(PATH=path, HOME=str(self.folder / "home")))
+            assert code == 0, f"{command}\n{output[-6000:]}"
             self.outputs[command] = output
         return self.outputs[command]
 

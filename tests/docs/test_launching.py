@@ -5,7 +5,6 @@ import os
 import random
 import shlex
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from launch.arguments import train_parser
-from tests.distributed.ranks import ROOT, environment, stop
+from tests.distributed.ranks import ROOT, environment, run_alone
 from trainer.config.load import load_config
 from trainer.config.validate import validate_layout
 
@@ -40,20 +39,8 @@ def stand_in(checkout: Path, program: str, script: str) -> None:
 
 def run(checkout: Path, script: str, *arguments: str, **variables: str) -> str:
     """Output of a script of docs/launching, which has to succeed."""
-    process = subprocess.Popen(
-        ["bash", str(SCRIPTS / script), *arguments],
-        cwd=checkout,
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=120)
-    finally:
-        stop(process)
-    assert process.returncode == 0, output
+    code, output = run_alone(["bash", str(SCRIPTS / script), *arguments], checkout, environment(**variables))
+    assert code == 0, output
     return output
 
 
