@@ -1,39 +1,32 @@
 """How the ranks are laid out, as the config says it."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from backends.key import key
 from parallel.pipeline.order import SCHEDULES, default_chunks
-
-
-def _key(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"help": help, "choices": choices}
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class ParallelConfig:
     """Sizes of the mesh axes that a user chooses; data parallelism is what is left of the world size."""
 
-    pipeline: int = _key(1, "pipeline-parallel ranks: each holds some of the layers")
-    expert: int = _key(1, "expert-parallel ranks: each holds that share of every MoE layer's experts")
-    schedule: str = _key(
+    pipeline: int = key(1, "pipeline-parallel ranks: each holds some of the layers")
+    expert: int = key(1, "expert-parallel ranks: each holds that share of every MoE layer's experts")
+    schedule: str = key(
         "1f1b",
         "order of the micro-batches in the pipeline: gpipe, 1f1b, interleaved, interleaved-zero-bubble, zbv, dualpipev",
         choices=("gpipe", "1f1b", "interleaved", "interleaved-zero-bubble", "zbv", "dualpipev"),
     )
-    stages_per_rank: int = _key(
+    stages_per_rank: int = key(
         0, "pipeline stages on each rank; 0: what the schedule needs (1 for gpipe and 1f1b, 2 for the others)"
     )
-    zero: int = _key(
+    zero: int = key(
         1,
         "data-parallel ranks divide the optimizer's state (1), or the gradients as well (2), which are then summed in "
         "every micro-batch; 2 goes without a pipeline",
     )
-    layers_per_stage: list[int] = _key(list, "layers of each pipeline stage; empty: balanced by estimated cost")
-    timeout_minutes: float = _key(10.0, "minutes that a rank waits for the others in one exchange before the job ends")
+    layers_per_stage: list[int] = key(list, "layers of each pipeline stage; empty: balanced by estimated cost")
+    timeout_minutes: float = key(10.0, "minutes that a rank waits for the others in one exchange before the job ends")
 
     @property
     def overlaps(self) -> bool:

@@ -71,8 +71,10 @@ def layers_per_stage(config: Config) -> list[int]:
     layout = config.parallel
     if layout.pipeline == 1:
         return [config.model.num_layers]
+    if layout.layers_per_stage:
+        return list(layout.layers_per_stage)
     costs = layer_costs(config.model, config.data.sequence_length)
-    return list(layout.layers_per_stage) or balanced(costs.layers, costs.before, costs.after, layout.stages)
+    return balanced(costs.layers, costs.before, costs.after, layout.stages)
 
 
 def _shared_embedding(model: MoETransformer, pp: Axis) -> SharedWeight | None:

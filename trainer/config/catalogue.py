@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from trainer.config.key import help_of
+from backends.key import help_of
 
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list of strings"}
 

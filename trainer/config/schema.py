@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from backends.key import key
 from parallel.config import ParallelConfig
-from trainer.config.key import key
 from trainer.model.config import ModelConfig
 
 

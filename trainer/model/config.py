@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from backends.errors import UserError
-from trainer.config.key import key
+from backends.key import key
 from trainer.config.ranges import COUNT, FINITE, NATURAL, POSITIVE, Rule, check_ranges
 
 
