@@ -256,7 +256,6 @@ def main() -> None:
             "dispatch": dispatch(expert),
         }
     )
-    topology.stop()
 
 
 if __name__ == "__main__":

@@ -112,7 +112,6 @@ def main() -> None:
 
     dist.init_process_group("gloo")
     report({"plain": run(False), "overlapped": run(True)})
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 
 import deepspeed
 
-from parallel import topology
 from tests.distributed.matrix import Case
 from tests.distributed.ranks import report
 from tests.small import small_config
@@ -47,7 +46,6 @@ def main() -> None:
         layers = len(run.model.layers) + len(run.model.mtp)
         found[schedule] = {"calls": calls["layers"], "expected": 2 * 2 * run.pipeline.micro_batches * layers}
     found["shm_comm"] = deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
-    topology.stop()
     report(found)
 
 

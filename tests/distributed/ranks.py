@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from parallel import topology
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMED_OUT = 124
 
@@ -25,7 +27,7 @@ def free_port() -> int:
 def environment(**more: str) -> dict[str, str]:
     """This environment without what a launcher would have set, one thread a process."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **more}
 
 
 def run_ranks(world: int, module: str, *arguments: str, timeout: float = 240) -> list[Any]:
@@ -120,5 +122,9 @@ def run_alone(command: list[str], folder: Path, env: dict[str, str], timeout: fl
 
 
 def report(value: Any) -> None:
-    """What a rank hands back to :func:`run_ranks`."""
+    """What a rank hands back to :func:`run_ranks`, at its end: it leaves its groups.
+
+    A gloo thread that is still dropping a tensor when the interpreter ends would abort the process.
+    """
+    topology.stop()
     Path(os.environ["RESULT"]).write_text(json.dumps(value))

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from parallel import topology
 from tests.distributed.ranks import report
 from tests.small import small_config
 from trainer import checkpoint
@@ -18,7 +17,6 @@ def main() -> None:
     with checkpoint.Saver(run.run_dir, run.model, run.engine, config, run.tokenizer) as saver:
         saver.save(run.step, state)
     written = checkpoint.newest(run.run_dir)
-    topology.stop()
     report(written and written.name)
 
 

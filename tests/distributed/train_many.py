@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from backends import UserError
-from parallel import buckets, topology
+from parallel import buckets
 from tests.distributed.ranks import report
 from tests.small import small_config
 from trainer.loop import Loop
@@ -28,7 +28,6 @@ def main() -> None:
             outcomes.append("done")
         except UserError as error:
             outcomes.append(str(error))
-    topology.stop()
     report(outcomes)
 
 
