@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from backends.errors import UserError
 from parallel.engine import Engine
 from trainer.checkpoint import manifest
-from trainer.checkpoint.flat import FlatPiece
+from trainer.checkpoint.flat import FlatRuns
 from trainer.checkpoint.folder import CONFIG, STATE
 from trainer.checkpoint.manifest import INSTEAD
 from trainer.checkpoint.tensors import random_name, to_load, weights
@@ -100,7 +100,7 @@ def _metadata(checkpoint: Path) -> dict[str, Any]:
 def _read(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     saved = _metadata(checkpoint)
     for name, tensor in tensors.items():
-        size = [tensor.whole] if isinstance(tensor, FlatPiece) else list(tensor.shape)
+        size = [tensor.whole] if isinstance(tensor, FlatRuns) else list(tensor.shape)
         if name not in saved or list(saved[name].size) != size:
             has = f"has {list(saved[name].size)}" if name in saved else "is missing"
             raise UserError(
