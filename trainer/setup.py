@@ -65,6 +65,7 @@ def prepare(config: Config, where: str, resume: bool | str, may_start: bool = Fa
         if isinstance(resume, str)
         else checkpoint.starting_point(run_dir, resume, may_start)
     )
+    initial = None if start_from else _initial(config, where)
     validate_layout(config, topologies.world_size_from_environment(), where)
     check_installed(config.metrics, where)
     backend = backends.select(config.backend)
@@ -83,6 +84,7 @@ def prepare(config: Config, where: str, resume: bool | str, may_start: bool = Fa
     topology = topologies.start(backend, config.parallel)
     if topology.is_main:
         forget(run_dir)
+    initial = topologies.said_by_main(initial)
     start_from = topologies.said_by_main(start_from)  # another rank may have looked too early for the newest one
     model, engine, pipeline = build(config, topology, backend)
     run = Run(config, where, run_dir, backend, topology, tokenizer, training, validation, model, engine, pipeline)
@@ -93,6 +95,8 @@ def prepare(config: Config, where: str, resume: bool | str, may_start: bool = Fa
             raise UserError(f"{error}{_way_on(start_from, str(error))}") from error
         run.step, run.tokens = state["step"], state["tokens"]
         training.load_state_dict(state["data"])
+    elif initial is not None:
+        checkpoint.load_initial(initial, model, engine, config, where)
     return run
 
 
@@ -109,6 +113,17 @@ def _named(run_dir: Path, path: Path) -> Path:
     listed = ", ".join(sorted(found.name for found in there.values()))
     remedy = f"give one of those in {run_dir}/checkpoints ({listed})" if there else "start without --resume"
     raise UserError(f"--resume: {path} is no checkpoint of {run_dir}; {remedy}")
+
+
+def _initial(config: Config, where: str) -> Path | None:
+    """The checkpoint that a new run starts from."""
+    place = config.checkpoint.initial
+    if place is None:
+        return None
+    try:
+        return checkpoint.located(Path(place).expanduser())
+    except UserError as error:
+        raise UserError(f"{where}: checkpoint.initial: {error}") from None
 
 
 def _way_on(damaged: Path, problem: str) -> str:

@@ -6,7 +6,7 @@ one flat tensor under its full name, and any layout reads whatever runs it needs
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """Elements ``offset`` to ``offset + count - 1``, and what gives them, as a 1-D tensor, when they are wanted."""
 
     offset: int
@@ -30,7 +31,7 @@ class FlatRuns(torch.Tensor):
 
     @staticmethod
     def of_runs(runs: Sequence[Run], whole: int, dtype: torch.dtype) -> "FlatRuns":
-        """The runs, whose values have ``dtype``; in a checkpoint that is read, values are written into what they give."""
+        """The runs, whose values have ``dtype``; when a checkpoint is read, into any dtype, they give what is filled."""
         made = torch.empty(0, dtype=dtype).as_subclass(FlatRuns)
         made.runs, made.whole = runs, whole
         return made

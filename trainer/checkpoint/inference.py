@@ -1,10 +1,7 @@
 """A trained model on one device, ready to be called."""
 
-from pathlib import Path
-
 from backends.base import Backend
-from backends.errors import UserError
-from trainer.checkpoint.folder import CONFIG, STATE, TOKENIZER, newest
+from trainer.checkpoint.folder import CONFIG, TOKENIZER, located
 from trainer.checkpoint.load import load_weights
 from trainer.config.load import load_config
 from trainer.config.schema import Config
@@ -22,10 +19,7 @@ def load_for_inference(place: str, backend: Backend) -> tuple[MoETransformer, To
     Raises:
         UserError: there is no checkpoint, or it is damaged.
     """
-    path = Path(place)
-    checkpoint = path if (path / STATE).is_file() else newest(path)
-    if checkpoint is None:
-        raise UserError(f"{place}: holds no checkpoint; give a run directory or a folder inside its checkpoints/")
+    checkpoint = located(place)
     config = load_config(str(checkpoint / CONFIG), [])
     tokenizer = saved_tokenizer(checkpoint / TOKENIZER, config.data.tokenizer.end_of_document)
     dtype = weights_dtype(config.train.precision)

@@ -37,13 +37,15 @@ class Setting:
 
     Attributes:
         ours: the path in :class:`ModelConfig`, as in ``moe.top_k``.
-        default: what a config.json without the key means; None: it must have the key.
+        default: what a config.json without the key means; None: it must have the key. A function gets the config.json.
         null: our value for null.
+        listed: their value lists the first layers, ours is their number.
     """
 
     ours: str
     default: Any = None
     null: Any = None
+    listed: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Family:
         architecture: the class in transformers, or in the code that comes with the weights.
         settings: keys of config.json.
         always: keys of config.json that must have these values, if they are there. Exports have them.
+        follows: the same for values that depend on the model.
         ours: our keys that are the same in all models of the family.
         at_least: our keys, and their least value.
         top: names of what stands before and behind the layers.
@@ -75,6 +78,7 @@ class Family:
     mtp_copies: Mapping[str, str] = field(default_factory=dict)
     at_least: Mapping[str, int] = field(default_factory=dict)
     partial_rotary: float | None = None
+    follows: Callable[[ModelConfig], Mapping[str, Any]] = lambda _: {}
 
     @property
     def name(self) -> str:
@@ -119,6 +123,12 @@ MTP: Mapping[str, Name] = {
 }
 MTP_COPIES: Mapping[str, str] = {"embed_tokens.weight": "embed.weight", "shared_head.head.weight": "head.weight"}
 
+
+def head_dim(theirs: Mapping[str, Any]) -> Any:
+    """What a config.json without ``head_dim`` means."""
+    return theirs["hidden_size"] // theirs["num_attention_heads"]
+
+
 SIZES: Mapping[str, Setting] = {
     "vocab_size": Setting("vocab_size"),
     "hidden_size": Setting("hidden_size"),
@@ -128,4 +138,8 @@ SIZES: Mapping[str, Setting] = {
     "initializer_range": Setting("init_std", 0.02),
     "num_attention_heads": Setting("attention.num_heads"),
     "num_experts_per_tok": Setting("moe.top_k"),
+}
+HEADS: Mapping[str, Setting] = {
+    "num_key_value_heads": Setting("attention.num_kv_heads"),
+    "head_dim": Setting("attention.head_dim", head_dim),
 }

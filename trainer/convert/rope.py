@@ -21,7 +21,10 @@ def rope_from(theirs: dict[str, Any], latent: bool, partial: float | None, where
         partial: `partial_rotary_factor` where it is missing; None: the family has none.
         where: the file, for messages.
     """
-    given = theirs.get("rope_parameters") or {**(theirs.get("rope_scaling") or {}), "rope_theta": theirs.get("rope_theta")}
+    given = theirs.get("rope_parameters") or {
+        **(theirs.get("rope_scaling") or {}),
+        "rope_theta": theirs.get("rope_theta"),
+    }
     key = "rope_parameters" if theirs.get("rope_parameters") else "rope_scaling"
     theta = given.get("rope_theta")
     if not isinstance(theta, (int, float)):

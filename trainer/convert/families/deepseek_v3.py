@@ -73,7 +73,7 @@ FAMILY = Family(
         "moe_layer_freq": 1,
     },
     ours={"attention.kind": "mla", "moe.score": "sigmoid", "moe.expert_bias": True},
-    at_least={"moe.num_shared_experts": 1},
+    at_least={"moe.num_shared_experts": 1, "moe.top_k": 2},
     top=TOP,
     layer=_layer,
     mtp=MTP,
