@@ -31,7 +31,7 @@ class FlatRuns(torch.Tensor):
 
     @staticmethod
     def of_runs(runs: Sequence[Run], whole: int, dtype: torch.dtype) -> "FlatRuns":
-        """The runs, whose values have ``dtype``; when a checkpoint is read, into any dtype, they give what is filled."""
+        """The runs, whose values have ``dtype``; where a checkpoint is read they give what is filled, of any dtype."""
         made = torch.empty(0, dtype=dtype).as_subclass(FlatRuns)
         made.runs, made.whole = runs, whole
         return made

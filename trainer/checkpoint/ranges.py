@@ -80,7 +80,7 @@ class _Slice:
 
 def _start(piece: _Slice) -> int:
     """Where the numbers of a tensor saved by `torch.save` begin: it stores them uncompressed, in one zip member."""
-    with zipfile.ZipFile(piece) as archive:  # type: ignore[call-overload]
+    with zipfile.ZipFile(piece) as archive:
         (member,) = (entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
     assert member.compress_type == zipfile.ZIP_STORED
     piece.seek(member.header_offset)

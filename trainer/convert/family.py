@@ -40,12 +40,14 @@ class Setting:
         default: what a config.json without the key means; None: it must have the key. A function gets the config.json.
         null: our value for null.
         listed: their value lists the first layers, ours is their number.
+        also: another name of the key, which is read too.
     """
 
     ours: str
     default: Any = None
     null: Any = None
     listed: bool = False
+    also: str = ""
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,8 @@ def _checked(found: Published, config: ModelConfig, family: Family) -> dict[str,
         both = zip(found.rows(name, BLOCK), found.rows(repeated[name], BLOCK), strict=True)
         if not all(torch.equal(one.float(), other.float()) for one, other in both):
             raise UserError(
-                f"{found.folder / stored.file}: tensor {name} is not equal to {repeated[name]}, but our models have one "
-                "weight for both; such weights cannot be imported"
+                f"{found.folder / stored.file}: tensor {name} is not equal to {repeated[name]}, but our models have "
+                "one weight for both; such weights cannot be imported"
             )
     return wanted
 

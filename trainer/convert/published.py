@@ -117,7 +117,7 @@ class Published:
 
     def _list(self, file: str) -> None:
         with self.opened(file) as tensors:
-            for name in tensors.keys():
+            for name in tensors.keys():  # noqa: SIM118
                 part = tensors.get_slice(name)
                 where = f"{self.folder / file}: {name}"
                 if name.endswith(_QUANTISED):

@@ -59,8 +59,8 @@ def _yarn(given: dict[str, Any], latent: bool, where: str) -> YarnConfig:
         raise UserError(f"{where}: cannot be read ({error!r}); take the published file") from None
 
 
-def rope_to(rope: RopeConfig, partial: float | None) -> dict[str, Any]:
-    """Their keys."""
+def rope_to(rope: RopeConfig, latent: bool, partial: float | None) -> dict[str, Any]:
+    """Their keys; see :func:`rope_from`."""
     yarn, fraction = rope.yarn, {} if partial is None else {"partial_rotary_factor": rope.fraction}
     if yarn.factor <= 1:
         return {"rope_theta": rope.theta, "rope_scaling": None, **fraction}
@@ -72,6 +72,6 @@ def rope_to(rope: RopeConfig, partial: float | None) -> dict[str, Any]:
         "beta_fast": yarn.beta_fast,
         "beta_slow": yarn.beta_slow,
         "truncate": yarn.truncate,
-        **({"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim} if yarn.mscale_all_dim else {}),
+        **({"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim} if latent and yarn.mscale_all_dim else {}),
     }
     return {"rope_theta": rope.theta, "rope_scaling": scaling, **fraction}

@@ -31,14 +31,7 @@ def config_from(theirs: dict[str, Any], family: Family, where: str) -> ModelConf
     Raises:
         UserError: a key is missing, has another type, or says something that this family's models here cannot be.
     """
-    config = ModelConfig()
-    for path, value in family.ours.items():
-        _set(config, path, value)
-    for key, setting in family.settings.items():
-        _set(config, setting.ours, _read(theirs, key, setting, config, where))
-    interleaved = config.rope.interleaved
-    config.rope = rope_from(theirs, config.attention.kind == "mla", family.partial_rotary, where)
-    config.rope.interleaved = interleaved
+    config = _converted(theirs, family, where)
     for key, value in {**family.always, **family.follows(config)}.items():
         if theirs.get(key, value) != value:
             raise UserError(f"{where}: {key}: is {theirs[key]!r}; only {value!r} is supported")
@@ -50,6 +43,18 @@ def config_from(theirs: dict[str, Any], family: Family, where: str) -> ModelConf
         config.validate(where)
     except UserError as error:
         raise UserError(f"{error} (a key of ours; {family.name} files have others)") from None
+    return config
+
+
+def _converted(theirs: dict[str, Any], family: Family, where: str) -> ModelConfig:
+    config = ModelConfig()
+    for path, value in family.ours.items():
+        _set(config, path, value)
+    for key, setting in family.settings.items():
+        _set(config, setting.ours, _read(theirs, key, setting, config, where))
+    interleaved = config.rope.interleaved
+    config.rope = rope_from(theirs, config.attention.kind == "mla", family.partial_rotary, where)
+    config.rope.interleaved = interleaved
     return config
 
 
@@ -65,14 +70,14 @@ def config_to(config: ModelConfig, family: Family, where: str) -> dict[str, Any]
         **family.always,
         **family.follows(config),
         **{key: _written(key, setting, config) for key, setting in family.settings.items()},
-        **rope_to(config.rope, family.partial_rotary),
+        **rope_to(config.rope, config.attention.kind == "mla", family.partial_rotary),
     }
     for path, least in family.at_least.items():
         if attrgetter(path)(config) < least:
             raise UserError(
                 f"{where}: model.{path}: is {attrgetter(path)(config)}; {family.name} needs {least} or more"
             )
-    back = config_from(theirs, family, f"{where}: as {family.name}")
+    back = _converted(theirs, family, f"{where}: as {family.name}")
     for path in _meaningful(config):
         mine, read = attrgetter(path)(config), attrgetter(path)(back)
         if mine != read:
@@ -98,7 +103,7 @@ def family_of(config: ModelConfig, families: Mapping[str, Family], where: str) -
 
 
 def _read(theirs: dict[str, Any], key: str, setting: Setting, config: ModelConfig, where: str) -> Any:
-    value = theirs.get(key)
+    value = theirs.get(key, theirs.get(setting.also))
     if value is None:
         value = setting.null if key in theirs and setting.null is not None else setting.default
     if callable(value):

@@ -72,6 +72,7 @@ FAMILY = Family(
         "topk_method": "noaux_tc",
         "moe_layer_freq": 1,
     },
+    follows=lambda config: {"num_key_value_heads": config.attention.num_heads},
     ours={"attention.kind": "mla", "moe.score": "sigmoid", "moe.expert_bias": True},
     at_least={"moe.num_shared_experts": 1, "moe.top_k": 2},
     top=TOP,

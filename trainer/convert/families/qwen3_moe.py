@@ -11,7 +11,7 @@ FAMILY = Family(
         "intermediate_size": Setting("dense_hidden_size"),
         "moe_intermediate_size": Setting("moe.expert_hidden_size"),
         "mlp_only_layers": Setting("dense_layers", [], null=[], listed=True),
-        "num_experts": Setting("moe.num_experts"),
+        "num_experts": Setting("moe.num_experts", also="num_local_experts"),  # which transformers 5 writes
         "norm_topk_prob": Setting("moe.normalize", False),
     },
     always={
