@@ -41,7 +41,7 @@ INSIDE = {
     "moebius plot runs/tiny --out loss.png": Inside(shows="loss.png", needs=TRAIN),
     "moebius params --config configs/tiny.yaml": Inside(shows="11.7M"),
     "moebius params --config configs/tiny.yaml model.moe.num_experts=64 model.moe.top_k=4": Inside(shows="all"),
-    "moebius params --config configs/models/telechat3-105b.yaml": Inside(shows="104.6B"),
+    "moebius params --config configs/models/telechat3-105b.yaml": Inside(shows="105B"),
     "moebius pipeline --schedule zbv --pp 2 --microbatches 4": Inside(shows="in theory"),
     "moebius pipeline --schedule dualpipev --pp 4 --microbatches 8 --out dualpipev.svg": Inside(shows="dualpipev.svg"),
     "moebius pipeline --schedule dualpipev --pp 4 --microbatches 6": Inside(code=2, shows="use 8"),
