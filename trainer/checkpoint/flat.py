@@ -47,11 +47,11 @@ class FlatRuns(torch.Tensor):
         properties = TensorProperties.create_from_tensor(self.as_subclass(torch.Tensor))
         return [
             WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
+                index=MetadataIndex(fqn, chunk.offsets, number),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=torch.Size([self.whole])),
             )
-            for chunk in self.__create_chunk_list__()
+            for number, chunk in enumerate(self.__create_chunk_list__())
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
@@ -60,8 +60,8 @@ class FlatRuns(torch.Tensor):
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        return next(run for run in self.runs if run.offset == index.offset[0]).values()
+        assert index.index is not None  # runs that are read may begin at the same place
+        return self.runs[index.index].values()
 
 
 class FlatPiece(FlatRuns):

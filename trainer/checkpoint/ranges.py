@@ -4,11 +4,11 @@
 can be all experts of a layer, and an export wants them one by one.
 """
 
+import io
 import math
 import struct
 import zipfile
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-BLOCK = 1 << 24  # elements read at a time
+BLOCK = 1 << 23  # elements read at a time
 _LOCAL_HEADER = 30  # bytes before a zip member's name; the last four are the lengths of name and extra field
 
 
@@ -57,7 +57,7 @@ class RangeReader(FileSystemReader):
 class _Slice:
     """Some bytes of a file as a file, as far as zipfile needs one."""
 
-    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._at = file, offset, length, 0
 
     def seekable(self) -> bool:
@@ -88,7 +88,7 @@ def _start(piece: _Slice) -> int:
     return member.header_offset + _LOCAL_HEADER + name + extra
 
 
-def _fill(target: Tensor, file: IO[bytes], start: int, item: ReadItem, dtype: torch.dtype) -> None:
+def _fill(target: Tensor, file: io.BufferedReader, start: int, item: ReadItem, dtype: torch.dtype) -> None:
     """Copy the wanted elements into ``target``, of any dtype, on any device."""
     first, count = math.prod(item.storage_offsets), math.prod(item.lengths)
     assert len(item.lengths) == 1 and target.numel() == count, "checkpoints are flat"

@@ -52,23 +52,24 @@ class Slot:
 
     def to_ours(self, rows: Tensor) -> Tensor:
         """Some rows of their tensor as our elements, in a row."""
-        if self.stacked and self.stacked.transposed:
-            rows = rows.transpose(1, 2)
-        if self.stacked and self.stacked.interleaved:
-            rows = rows.unflatten(1, (-1, 2)).transpose(1, 2)
-        return rows.flatten()
+        return self._in_our_order(rows).flatten()
 
     def to_theirs(self, flat: Tensor) -> Tensor:
         """All our elements, in a row, as their tensor."""
         if not self.stacked:
             return flat.view(self.shape)
-        experts, *inner = self.shape
-        if self.stacked.transposed:
-            inner.reverse()
-        value = flat.view(experts, *inner)
-        if self.stacked.interleaved:
-            value = value.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-        return (value.transpose(1, 2) if self.stacked.transposed else value).contiguous()
+        made = flat.new_empty(self.shape)
+        ours = self._in_our_order(made)
+        ours.copy_(flat.view(ours.shape))
+        return made
+
+    def _in_our_order(self, rows: Tensor) -> Tensor:
+        """A view."""
+        if self.stacked and self.stacked.transposed:
+            rows = rows.transpose(1, 2)
+        if self.stacked and self.stacked.interleaved:
+            rows = rows.unflatten(1, (-1, 2)).transpose(1, 2)
+        return rows
 
 
 def slots(config: ModelConfig, family: Family) -> dict[str, Slot]:

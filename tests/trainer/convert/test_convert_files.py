@@ -184,7 +184,9 @@ def test_the_commands_know_an_imported_checkpoint(
     arguments = ["generate", "--checkpoint", str(tmp_path / "weights"), "--prompt", "the", "--max-new-tokens", "3"]
     assert main(arguments) == 0
     assert capfd.readouterr().out.startswith("the")
-    assert main(["export", "--from", str(tmp_path / "weights"), "--to", str(tmp_path / "out"), "--file-size", "9KB"]) == 0
+    assert (
+        main(["export", "--from", str(tmp_path / "weights"), "--to", str(tmp_path / "out"), "--file-size", "9KB"]) == 0
+    )
     assert re.search(r"out: \d+ files of weights", capfd.readouterr().out)
     with pytest.raises(SystemExit, match="2"):
         main(["export", "--from", "x", "--to", "y", "--file-size", "big"])
@@ -214,14 +216,12 @@ class TestTraining:
         Loop(run).train()
         # What it has learned comes out under the published names, with what came with the weights.
         export_weights(str(tmp_path / "run"), tmp_path / "ours", None, None, 10**9)
-        trained = {name: value for name, value in run.model.named_parameters()}
+        trained = dict(run.model.named_parameters())
         assert torch.equal(tensors_of(tmp_path / "ours")[EMBED], trained["embed.weight"])
         assert not torch.equal(trained["embed.weight"], dict(expected.named_parameters())["embed.weight"])
         assert (tmp_path / "ours" / "generation_config.json").is_file()
         # And a run can start from that of another.
-        again = prepare(
-            *self.config(small, imported, tmp_path / "again", f"checkpoint.initial={tmp_path}/run"), False
-        )
+        again = prepare(*self.config(small, imported, tmp_path / "again", f"checkpoint.initial={tmp_path}/run"), False)
         assert all(torch.equal(value, trained[name]) for name, value in again.model.named_parameters())
         # Resuming does not read them again.
         resumed = prepare(

@@ -2,7 +2,8 @@
 
 Logits, loss and the gradient of every parameter are compared by the norm of their difference over the norm, in fp32,
 with transformers' plain ("eager") attention and experts. The models differ in the order of sums, roundings of 6e-8 that
-three layers of norms and softmax enlarge; measured over the examples below: MEASURED. The bound is the mission's 1e-5.
+three layers of norms and softmax enlarge; measured over the examples below: 6.5e-6 at most (a norm of
+queries), 1e-6 typically. The bound is the mission's 1e-5.
 
 A tie between two experts that rounding breaks in one of them only would be a difference of another kind. Matrices are
 drawn with 1.2 / sqrt(inputs), which spreads router logits over about +-1.2: neighbouring scores of 8 experts are 0.1
@@ -112,7 +113,6 @@ def compare(family: str, keys: dict, seed: int, folder: Path) -> float:
     again, info = make_model.from_pretrained(folder / "ours", output_loading_info=True, **EAGER)
     assert not any(info.values()), info
     assert torch.equal(again(input_ids=tokens).logits, result.logits)
-    print(family, worst, f'{apart[worst]:.1e}', sorted(apart.values())[-3:])
     return apart[worst]
 
 
@@ -151,28 +151,36 @@ def drawn(draw: st.DrawFn, family: str) -> dict:
         yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
         temperature = draw(st.sampled_from([{}, {"mscale": 1.0, "mscale_all_dim": 0.8}]))
         rope = draw(st.sampled_from([{"rope_type": "default", "rope_theta": 5e4}, {**yarn, **temperature}]))
-        return keys | deepseek_router | {
-            "num_key_value_heads": keys["num_attention_heads"],
-            "q_lora_rank": draw(st.sampled_from([None, 6])),
-            "kv_lora_rank": draw(st.integers(2, 9)),
-            "qk_rope_head_dim": 2 * draw(st.integers(1, 3)),
-            "qk_nope_head_dim": draw(st.integers(1, 6)),
-            "v_head_dim": draw(st.integers(1, 6)),
-            "rope_parameters": rope,
-            "rope_interleave": draw(st.booleans()),
-        }
+        return (
+            keys
+            | deepseek_router
+            | {
+                "num_key_value_heads": keys["num_attention_heads"],
+                "q_lora_rank": draw(st.sampled_from([None, 6])),
+                "kv_lora_rank": draw(st.integers(2, 9)),
+                "qk_rope_head_dim": 2 * draw(st.integers(1, 3)),
+                "qk_nope_head_dim": draw(st.integers(1, 6)),
+                "v_head_dim": draw(st.integers(1, 6)),
+                "rope_parameters": rope,
+                "rope_interleave": draw(st.booleans()),
+            }
+        )
     if family == "qwen3_moe":
         dense = list(range(draw(st.integers(0, layers))))
         return keys | routed | grouped_query | {"num_experts": experts, "mlp_only_layers": dense, "rope_theta": 1e6}
     if family == "glm4_moe":
         more = {"attention_bias": draw(st.booleans()), "use_qk_norm": draw(st.booleans()), "rms_norm_eps": 1e-5}
         return keys | deepseek_router | grouped_query | more
-    return keys | grouped_query | {
-        "num_local_experts": experts,
-        "intermediate_size": draw(st.integers(2, 7)),
-        "sliding_window": draw(st.integers(1, 12)),
-        "swiglu_limit": draw(st.sampled_from([0.5, 7.0])),
-    }
+    return (
+        keys
+        | grouped_query
+        | {
+            "num_local_experts": experts,
+            "intermediate_size": draw(st.integers(2, 7)),
+            "sliding_window": draw(st.integers(1, 12)),
+            "swiglu_limit": draw(st.sampled_from([0.5, 7.0])),
+        }
+    )
 
 
 @pytest.fixture(scope="module")
