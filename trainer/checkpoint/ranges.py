@@ -96,6 +96,6 @@ def _fill(target: Tensor, file: io.BufferedReader, start: int, item: ReadItem, d
     for done in range(0, count, BLOCK):
         values = torch.empty(min(BLOCK, count - done), dtype=dtype)
         wanted = values.numel() * dtype.itemsize
-        if file.readinto(values.view(torch.uint8).numpy()) != wanted:
+        if file.readinto(values.view(torch.uint8).numpy()) != wanted:  # type: ignore[arg-type]
             raise EOFError("the file ends too early")
         target[done : done + values.numel()].copy_(values)

@@ -465,3 +465,30 @@ def test_dense_layers_of_qwen3_are_the_first() -> None:
 def test_the_layers_of_gpt_oss_alternate() -> None:
     with pytest.raises(UserError, match=r"layer_types: is \['full_attention'"):
         config_from({**_GPT_OSS, "layer_types": ["full_attention"] * 36}, FAMILIES["gpt_oss"], "here")
+
+
+@pytest.mark.parametrize(
+    ("keys", "left_out", "path", "value"),
+    [
+        (_QWEN, "norm_topk_prob", "moe.normalize", False),
+        (_QWEN, "mlp_only_layers", "dense_layers", 0),
+        (_QWEN, "head_dim", "attention.head_dim", 64),
+        (_GLM_AIR, "attention_bias", "attention.bias", False),
+        (_GLM_AIR, "use_qk_norm", "attention.qk_norm", False),
+        (_GLM_AIR, "norm_topk_prob", "moe.normalize", True),
+        (_GLM_AIR, "partial_rotary_factor", "rope.fraction", 0.5),
+        (_GLM_AIR, "num_nextn_predict_layers", "mtp_layers", 0),
+        (_DEEPSEEK, "rope_interleave", "rope.interleaved", True),
+        (_DEEPSEEK, "rope_scaling", "rope.yarn.factor", 1.0),
+        (_GPT_OSS, "swiglu_limit", "moe.swiglu_limit", 7.0),
+        (_LING_PLUS, "norm_head", "normalize_head", False),
+        (_LING_PLUS, "use_bias", "attention.output_bias", True),
+        (_LING_MINI, "use_qk_norm", "attention.qk_norm", True),
+        (_LING_MINI, "use_bias", "attention.output_bias", False),
+    ],
+)
+def test_what_a_missing_key_means(keys: dict, left_out: str, path: str, value: object) -> None:
+    """The default of the family's own config class, in transformers or beside its weights."""
+    family = next(family for family in FAMILIES.values() if keys["model_type"] in family.model_types)
+    config = config_from({key: given for key, given in keys.items() if key != left_out}, family, "here")
+    assert attrgetter(path)(config) == value
