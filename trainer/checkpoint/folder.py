@@ -135,8 +135,13 @@ def appearing(target: Path) -> Iterator[Path]:
         sync(hidden)
         os.rename(hidden, target)
         sync(target.parent)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
+    except Exception as error:
+        first: BaseException = error
+        while first.__context__ is not None:  # torch's writer complains of its own state where the disk was full
+            first = first.__context__
+        if not isinstance(first, OSError) or isinstance(error, UserError):
+            raise
+        raise UserError(f"{target}: cannot be written ({first.strerror or first}); choose another folder") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 

@@ -41,6 +41,7 @@ def export_weights(place: str, target: Path, precision: str | None, family: str 
     Raises:
         UserError: there is no whole checkpoint; ``target`` exists; the family has no such models.
     """
+    published.check_installed()
     checkpoint = located(place)
     with appearing(target) as hidden:
         manifest.check_sizes(checkpoint)
@@ -58,7 +59,7 @@ def export_weights(place: str, target: Path, precision: str | None, family: str 
         if len(files) > 1:
             size = sum(_bytes(slot, dtype) for here in files for slot in here)
             _json(hidden / published.INDEX, {"metadata": {"total_size": size}, "weight_map": names})
-        _hand_on(checkpoint, hidden, original, config, keys, dtype)
+        _hand_on(checkpoint, hidden, original, config, found, keys, dtype)
         for path in hidden.iterdir():
             sync(path)
     return len(files)
@@ -103,13 +104,17 @@ def _bytes(slot: Slot, dtype: torch.dtype) -> int:
 
 
 def _write(checkpoint: Path, path: Path, here: list[Slot], dtype: torch.dtype) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     values = {slot.name: torch.empty(slot.numel, dtype=torch.float32 if slot.always_fp32 else dtype) for slot in here}
     read(checkpoint, _pieces(here, values))
     for slot in here:  # one by one: another order of elements takes memory of its own
         values[slot.name] = slot.to_theirs(values[slot.name])
-    save_file(values, path, metadata={"format": "pt"})
+    try:
+        save_file(values, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def _pieces(here: list[Slot], values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -125,13 +130,19 @@ def _pieces(here: list[Slot], values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _hand_on(
-    checkpoint: Path, hidden: Path, original: Path | None, config: Config, keys: dict[str, Any], dtype: torch.dtype
+    checkpoint: Path,
+    hidden: Path,
+    original: Path | None,
+    config: Config,
+    family: Family,
+    keys: dict[str, Any],
+    dtype: torch.dtype,
 ) -> None:
     """config.json, the tokenizer, and what else came with the weights."""
     theirs = json.loads((original / published.CONFIG).read_text()) if original else {}
     for gone in ("rope_parameters", "dtype", "quantization_config", "transformers_version"):
         theirs.pop(gone, None)
-    if theirs.get("model_type"):
+    if theirs.get("model_type") in family.model_types:
         keys = keys | {"model_type": theirs["model_type"], "architectures": theirs.get("architectures")}
     if original:
         for path in published.companions(original):

@@ -48,6 +48,7 @@ def import_weights(source: Path, target: Path) -> Imported:
         UserError: ``target`` exists; a file of ``source`` is missing or damaged; its tensors are not those of the
             model that its config.json describes. ``target`` is not there then.
     """
+    published.check_installed()
     with appearing(target) as hidden:
         found = Published(source)
         family = _family(found)

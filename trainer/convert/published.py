@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ class Stored:
     def row(self) -> int:
         """Elements of one row."""
         return math.prod(self.shape[1:])
+
+
+def check_installed() -> None:
+    """Raise a :class:`UserError` if the library of the format is not there: it comes with an extra of ours."""
+    if find_spec("safetensors") is None:
+        raise UserError("safetensors: is not installed; install it with pip install safetensors")
 
 
 def companions(folder: Path) -> list[Path]:

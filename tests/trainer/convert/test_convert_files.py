@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from backends import UserError
 from launch.cli import main
 from tests.published import SHAPES, model_of, publish, tensors_of
 from tests.small import small_config
+from trainer.checkpoint import ranges
 from trainer.config.load import load_config
-from trainer.convert import export_weights, import_weights
+from trainer.convert import export_weights, import_weights, importing
 from trainer.loop import Loop
 from trainer.setup import prepare
 
@@ -139,6 +141,31 @@ def test_nothing_is_written_over(source: Path, imported: Path, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "bailing_moe"])
+def test_tensors_are_moved_in_blocks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 50 elements here; rows are longer than that in places, and shorter in others."""
+    monkeypatch.setattr(importing, "BLOCK", 50)
+    monkeypatch.setattr(ranges, "BLOCK", 30)
+    source = publish(tmp_path / "theirs", name, SHAPES[name])
+    import_weights(source, tmp_path / "imported")
+    export_weights(str(tmp_path / "imported"), tmp_path / "ours", None, None, 10**9)
+    before, after = tensors_of(source), tensors_of(tmp_path / "ours")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_full_disk_is_one_line(source: Path, imported: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))  # what a full disk or a quota does
+    try:
+        with pytest.raises(UserError, match=r"weights: cannot be written \(File too large\); choose another folder"):
+            import_weights(source, tmp_path / "weights")
+        with pytest.raises(UserError, match=r"ours: cannot be written \(.*File too large.*\); choose another folder"):
+            export_weights(str(imported), tmp_path / "ours", None, None, 10**9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_may_say_what_ours_has_not(source: Path, tmp_path: Path) -> None:
     """Frequencies, which old files hold, are computed here; copies of the embedding need not be there."""
     folder = shutil.copytree(source, tmp_path / "theirs")
@@ -217,7 +244,9 @@ class TestTraining:
         # What it has learned comes out under the published names, with what came with the weights.
         export_weights(str(tmp_path / "run"), tmp_path / "ours", None, None, 10**9)
         trained = dict(run.model.named_parameters())
-        assert torch.equal(tensors_of(tmp_path / "ours")[EMBED], trained["embed.weight"])
+        import_weights(tmp_path / "ours", tmp_path / "imported")
+        exported = dict(model_of(tmp_path / "imported").named_parameters())
+        assert all(torch.equal(value, exported[name]) for name, value in trained.items())
         assert not torch.equal(trained["embed.weight"], dict(expected.named_parameters())["embed.weight"])
         assert (tmp_path / "ours" / "generation_config.json").is_file()
         # And a run can start from that of another.
