@@ -136,12 +136,12 @@ def appearing(target: Path) -> Iterator[Path]:
         os.rename(hidden, target)
         sync(target.parent)
     except Exception as error:
-        first: BaseException = error
-        while first.__context__ is not None:  # torch's writer complains of its own state where the disk was full
-            first = first.__context__
-        if not isinstance(first, OSError) or isinstance(error, UserError):
+        found: BaseException | None = error
+        while found and not isinstance(found, (OSError, UserError)):
+            found = found.__context__  # torch's writer complains of its own state where the disk was full
+        if not isinstance(found, OSError):
             raise
-        raise UserError(f"{target}: cannot be written ({first.strerror or first}); choose another folder") from error
+        raise UserError(f"{target}: cannot be written ({found.strerror or found}); choose another folder") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
