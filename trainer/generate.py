@@ -56,7 +56,8 @@ def sample(
     texts = []
     for index, prompt in enumerate(prompts):
         row = _begin(tokenizer, prompt)
-        for _ in _extend(model, tokenizer, row, max_new_tokens, sequence_length, temperature, top_p, seed + index, device):
+        sampling = max_new_tokens, sequence_length, temperature, top_p, seed + index, device
+        for _ in _extend(model, tokenizer, row, *sampling):
             pass
         texts.append(_text(tokenizer, row, prompt))
     return texts

@@ -22,13 +22,24 @@ def load_for_inference(place: str, backend: Backend) -> tuple[MoETransformer, To
     Raises:
         UserError: there is no checkpoint, or it is damaged.
     """
+    checkpoint = checkpoint_at(place)
+    config = load_config(str(checkpoint / CONFIG), [])
+    return *model_and_tokenizer(checkpoint, config, backend), config
+
+
+def checkpoint_at(place: str) -> Path:
+    """The checkpoint folder that is meant. Raises UserError if there is none."""
     path = Path(place)
     checkpoint = path if (path / STATE).is_file() else newest(path)
     if checkpoint is None:
         raise UserError(f"{place}: holds no checkpoint; give a run directory or a folder inside its checkpoints/")
-    config = load_config(str(checkpoint / CONFIG), [])
+    return checkpoint
+
+
+def model_and_tokenizer(checkpoint: Path, config: Config, backend: Backend) -> tuple[MoETransformer, Tokenizer]:
+    """What a checkpoint holds of them, under its own config. Raises UserError if it is damaged."""
     tokenizer = saved_tokenizer(checkpoint / TOKENIZER, config.data.tokenizer.end_of_document)
     dtype = weights_dtype(config.train.precision)
     model = MoETransformer(config.model, backend.ops, device=backend.device, dtype=dtype)
     load_weights(checkpoint, model)
-    return model.eval(), tokenizer, config
+    return model.eval(), tokenizer

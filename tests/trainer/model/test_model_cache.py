@@ -127,4 +127,5 @@ def test_narrow_weights_keep_narrow_tensors() -> None:
     cache = Cache(LENGTH)
     found = in_pieces(model, tokens, [5, 1, 1, 5], cache)
     assert {x.dtype for layer in cache.kept.values() for x in layer} == {torch.bfloat16}
-    print("BF16", distance(found, reference), distance(whole, reference))
+    # Behind the first piece. Each rounding is 0.4 %; the whole text in bf16 lies 1.6 % away from fp64, this 2.3 %.
+    assert distance(found[:, 5:], reference[:, 5:]) <= 0.05 and distance(whole, reference) <= 0.05
