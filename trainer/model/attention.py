@@ -1,7 +1,7 @@
 """Grouped-query attention and multi-head latent attention.
 
 Shapes: B batch, S sequence, L the sequence and what a cache has kept of the tokens before it, H hidden, N query heads,
-M key/value heads, D head dimension, R rotated dimensions, C compressed keys and values, W value head.
+M key/value heads, D head dimension, R rotated dimensions, W value head, C compressed keys and values, E = C + R.
 """
 
 from typing import Any
