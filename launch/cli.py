@@ -12,6 +12,7 @@ from launch.errors import USER_ERROR
 COMMANDS = {
     "train": "train a model from a config",
     "generate": "continue prompts with a trained model",
+    "eval": "loss, perplexity and bits per byte of a trained model",
     "info": "show versions, devices and what each backend can do here",
     "params": "count the parameters of a config's model by part",
     "plot": "draw the loss curve of a run",

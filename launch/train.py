@@ -1,6 +1,5 @@
 """Training: what `moebius train`, the deepspeed launcher and torchrun start."""
 
-import logging
 import os
 import shlex
 import shutil
@@ -31,15 +30,15 @@ def _train(path: str, overrides: list[str], resume: bool | str, auto_resume: boo
     with _company():
         config, origins = load_with_origins(path, overrides)
 
-        _announce_preparations()
-
         from launch.banner import banner
+        from launch.show import announce_preparations
         from parallel.topology import stop
         from trainer.data import beginnings
         from trainer.loop import Loop
         from trainer.restart import explain_lost_peer
         from trainer.setup import prepare, run_dir_of
 
+        announce_preparations()
         prepared = None
         with origins.named():
             try:
@@ -67,13 +66,6 @@ def _company() -> AbstractContextManager[None]:
     from parallel.agreement import together
 
     return together()
-
-
-def _announce_preparations() -> None:
-    """Say on standard error what takes a while at the first start; of several processes the one that does it."""
-    logger = logging.getLogger("trainer.data")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [logging.StreamHandler()]
 
 
 def _sample(run: "Run", prompts: list[str]) -> None:

@@ -16,12 +16,13 @@ from parallel.pipeline.timeline import Span, covered
 from parallel.topology import sum_over
 from trainer import checkpoint
 from trainer.config.load import dump_config
-from trainer.data import Batch, bigram_loss
+from trainer.data import bigram_loss
+from trainer.evaluation import evaluate, micro_batches
 from trainer.interrupt import StopRequest
 from trainer.metrics.expert_load import expert_load
 from trainer.metrics.meter import Meter
 from trainer.metrics.recorder import Recorder
-from trainer.model import MicroBatch, Share
+from trainer.model import Share
 from trainer.model.count import flops_per_token
 from trainer.optimizer import learning_rate
 from trainer.setup import Run
@@ -91,7 +92,8 @@ class Loop:
         with clock.span("data"):
             batch = run.training.read(self.sequences, self.mine)
             tokens = sum_over(run.topology.dp, (batch.labels_BS != IGNORED).sum().to(run.backend.device))
-            micros = self._micro_batches(batch, Share(tokens=float(tokens), sequences=float(self.sequences)))
+            share = Share(tokens=float(tokens), sequences=float(self.sequences))
+            micros = micro_batches(batch, share, config, run.backend.device)
         run.pipeline.train(micros, run.engine.end_micro_batch)
         with clock.span("reduce"):
             run.engine.reduce()
@@ -136,14 +138,6 @@ class Loop:
             header = trace.Header(layout.schedule, pp, run.pipeline.micro_batches, chunks, run.step)
             trace.write(run.run_dir, header, run.topology.pp.rank, actions)
 
-    def _micro_batches(self, batch: Batch, share: Share) -> list[MicroBatch]:
-        parts = batch.to(self.run.backend.device).split(self.config.train.micro_batch_size)
-        reset = self.config.data.reset_at_documents
-        return [
-            MicroBatch(part.tokens_BS, part.positions_BS, part.documents_BS if reset else None, part.labels_BS, share)
-            for part in parts
-        ]
-
     def _gather(self) -> tuple[dict[str, float], dict[str, Tensor], bool]:
         """Losses and tokens per expert of the global batch, and whether any rank wants to stop: two reductions.
 
@@ -175,30 +169,8 @@ class Loop:
 
     def evaluate(self) -> float:
         """Mean loss per token on the held-out sequences (``train.eval_sequences`` of them), over all ranks."""
-        run, dp = self.run, self.run.topology.dp
-        mine = run.pipeline.round * self.config.train.micro_batch_size  # sequences of this rank in one round
-        run.model.eval()
-        run.validation.restart()
-        total = torch.zeros(2, dtype=torch.float64)
-        left = self.config.train.eval_sequences or math.inf
-        while left > 0:
-            count = int(min(dp.size * mine, left))
-            first = min(dp.rank * mine, count)
-            batch = run.validation.read(count, range(first, min(first + mine, count)))
-            # Every rank must run as often as the others, whose experts it holds: pad with sequences that count nothing.
-            here = _padded(batch, mine, self.config.data.sequence_length)
-            run.pipeline.evaluate(self._micro_batches(here, Share(1.0, 1.0)))
-            sums, _ = run.model.meters.take()
-            loss = sums["lm_loss"].double().cpu() if "lm_loss" in sums else torch.zeros((), dtype=torch.float64)
-            counted = (here.labels_BS != IGNORED).sum() * (run.topology.pp.rank == 0)  # every stage sees the labels
-            row = torch.stack([loss, counted.double()])
-            row = sum_over(run.topology.world, row.to(run.backend.device)).cpu()
-            if row[1] == 0:
-                break  # the held-out sequences are exhausted
-            total += row
-            left -= count
-        run.model.train()
-        return float(total[0] / total[1])
+        run = self.run
+        return evaluate(run.model, run.pipeline, run.topology, run.backend, run.validation, self.config).loss
 
     def _bigram(self) -> float:
         """Validation loss of a smoothed bigram model fitted on the tokens that this run trained on."""
@@ -215,17 +187,3 @@ class Loop:
         state = {"tokens": run.tokens, "data": run.training.state_dict()}
         self.saver.save(run.step, state)
         self.saved_at = run.step
-
-
-def _padded(batch: Batch, sequences: int, length: int) -> Batch:
-    """The batch with rows that predict nothing added up to ``sequences``."""
-    missing = sequences - len(batch)
-    if not missing:
-        return batch
-    zeros = torch.zeros(missing, length, dtype=torch.int64)
-    return Batch(
-        torch.cat([batch.tokens_BS, zeros]),
-        torch.cat([batch.labels_BS, zeros + IGNORED]),
-        torch.cat([batch.positions_BS, torch.arange(length).expand(missing, length)]),
-        torch.cat([batch.documents_BS, zeros]),
-    )

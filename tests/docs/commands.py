@@ -45,6 +45,8 @@ _BIG = "launch/train.py --config configs/tiny.yaml parallel.expert=8 train.globa
 INSIDE = {
     "moebius train --help": Inside(shows="model.moe.top_k"),
     "moebius generate --run runs/tiny --prompt 'class '": Inside(shows="class ", needs=TRAIN),
+    "moebius eval --run runs/tiny": Inside(shows="bits per byte", needs=TRAIN),
+    "moebius eval --run runs/tiny data.source=text 'data.paths=[~/texts]'": Inside(shows="perplexity", needs=TRAIN),
     "moebius plot runs/tiny --out loss.png": Inside(shows="loss.png", needs=TRAIN),
     "moebius params --config configs/tiny.yaml": Inside(shows="11.7M"),
     "moebius params --config configs/tiny.yaml model.moe.num_experts=64 model.moe.top_k=4": Inside(shows="all"),

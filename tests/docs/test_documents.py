@@ -150,6 +150,7 @@ def test_ci_runs_what_is_left_to_it():
         assert re.search(rf" {command}$", script, re.MULTILINE), command
     for documented in (
         "moebius generate --run runs/tiny",
+        "moebius eval --run runs/tiny",
         "moebius plot",
         "moebius params",
         "moebius info",

@@ -1,5 +1,7 @@
 """A trained model on one device, ready to be called."""
 
+from pathlib import Path
+
 from backends.base import Backend
 from trainer.checkpoint.folder import CONFIG, TOKENIZER, located
 from trainer.checkpoint.load import load_weights
@@ -21,8 +23,13 @@ def load_for_inference(place: str, backend: Backend) -> tuple[MoETransformer, To
     """
     checkpoint = located(place)
     config = load_config(str(checkpoint / CONFIG), [])
+    return *model_and_tokenizer(checkpoint, config, backend), config
+
+
+def model_and_tokenizer(checkpoint: Path, config: Config, backend: Backend) -> tuple[MoETransformer, Tokenizer]:
+    """What a checkpoint holds of them, under its own config. Raises UserError if it is damaged."""
     tokenizer = saved_tokenizer(checkpoint / TOKENIZER, config.data.tokenizer.end_of_document)
     dtype = weights_dtype(config.train.precision)
     model = MoETransformer(config.model, backend.ops, device=backend.device, dtype=dtype)
     load_weights(checkpoint, model)
-    return model.eval(), tokenizer, config
+    return model.eval(), tokenizer
