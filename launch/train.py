@@ -26,9 +26,12 @@ def main(argv: list[str]) -> int:
 
 def _train(path: str, overrides: list[str], resume: bool | str, auto_resume: bool, sample: bool) -> int:
     from trainer.config.load import load_with_origins
+    from trainer.place import find_place, run_dir_of
 
     with _company():
         config, origins = load_with_origins(path, overrides)
+        with origins.named():
+            find_place(config, resume or auto_resume, auto_resume)  # a mistake here need not wait for torch
 
         from launch.banner import banner
         from launch.show import announce_preparations
@@ -36,7 +39,7 @@ def _train(path: str, overrides: list[str], resume: bool | str, auto_resume: boo
         from trainer.data import beginnings
         from trainer.loop import Loop
         from trainer.restart import explain_lost_peer
-        from trainer.setup import prepare, run_dir_of
+        from trainer.setup import prepare
 
         announce_preparations()
         prepared = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backends import select
 from trainer.checkpoint.folder import CONFIG
-from trainer.checkpoint.load import load_weights
+from trainer.checkpoint.loading import load_weights
 from trainer.config.load import load_config
 from trainer.convert.families import FAMILIES
 from trainer.convert.names import copies, slots

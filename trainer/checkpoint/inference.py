@@ -4,7 +4,7 @@ from pathlib import Path
 
 from backends.base import Backend
 from trainer.checkpoint.folder import CONFIG, TOKENIZER, located
-from trainer.checkpoint.load import load_weights
+from trainer.checkpoint.loading import load_weights
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.tokenizer import Tokenizer, saved_tokenizer

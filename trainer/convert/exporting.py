@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.checkpoint import manifest
 from trainer.checkpoint.flat import FlatRuns, Run
 from trainer.checkpoint.folder import CONFIG, TOKENIZER, appearing, located, sync
-from trainer.checkpoint.load import read
+from trainer.checkpoint.loading import read
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.convert import published
