@@ -38,16 +38,26 @@ class CpuOperations(Operations):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return elementwise.rms_norm(x, weight, eps)
 
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        return elementwise.swiglu(gate_up)
+    def add_expert_bias(self, y_PO: Tensor, bias_EO: Tensor, counts_E: Tensor) -> Tensor:
+        return rows.add_expert_bias(y_PO, bias_EO, counts_E)
+
+    def swiglu(self, gate_up: Tensor, limit: Optional[float] = None) -> Tensor:
+        return elementwise.swiglu(gate_up, limit)
 
     def rotary(self, x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool) -> Tensor:
         return elementwise.rotary(x_BSND, cos_BSR, sin_BSR, interleaved)
 
     def attention(
-        self, q_BSND: Tensor, k_BSMD: Tensor, v_BSMW: Tensor, scale: float, documents_BS: Optional[Tensor] = None
+        self,
+        q_BSND: Tensor,
+        k_BLMD: Tensor,
+        v_BLMW: Tensor,
+        scale: float,
+        documents_BL: Optional[Tensor] = None,
+        window: int = 0,
+        sinks_N: Optional[Tensor] = None,
     ) -> Tensor:
-        return attention.attention(q_BSND, k_BSMD, v_BSMW, scale, documents_BS)
+        return attention.attention(q_BSND, k_BLMD, v_BLMW, scale, documents_BL, window, sinks_N)
 
     def linear_cross_entropy(self, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
         return cross_entropy.linear_cross_entropy(hidden_TH, weight_VH, labels_T)
@@ -100,6 +110,7 @@ class CpuBackend(Backend):
             "unpermute": Slot("embedding_bag"),
             "take_rows": Slot("gather"),
             "rms_norm": Slot("own autograd function"),
+            "add_expert_bias": Slot("repeat, segment sum"),
             "swiglu": Slot("own autograd function"),
             "rotary": Slot("own autograd function"),
             "attention": Slot("blocks of queries on bmm"),

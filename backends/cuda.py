@@ -33,30 +33,49 @@ class CudaOperations(CpuOperations):
         wide = accumulation_dtype(x.dtype)
         return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(weight.dtype)
 
-    def swiglu(self, gate_up: Tensor) -> Tensor:
+    def swiglu(self, gate_up: Tensor, limit: Optional[float] = None) -> Tensor:
+        if limit is not None:
+            return super().swiglu(gate_up, limit)
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
     def attention(
-        self, q_BSND: Tensor, k_BSMD: Tensor, v_BSMW: Tensor, scale: float, documents_BS: Optional[Tensor] = None
+        self,
+        q_BSND: Tensor,
+        k_BLMD: Tensor,
+        v_BLMW: Tensor,
+        scale: float,
+        documents_BL: Optional[Tensor] = None,
+        window: int = 0,
+        sinks_N: Optional[Tensor] = None,
     ) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSMD, v_BSMW))
+        if sinks_N is not None:  # no fused kernel of torch takes them
+            return super().attention(q_BSND, k_BLMD, v_BLMW, scale, documents_BL, window, sinks_N)
+        q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BLMD, v_BLMW))
         head, value_head = q.shape[-1], v.shape[-1]
         if value_head < head:
             # The flash kernel wants one head size: zero columns of v give zero columns of the result.
             v = F.pad(v, (0, head - value_head))
-        mask = None if documents_BS is None else _document_mask(documents_BS)
+        mask = _mask(q.shape[2], k.shape[2], documents_BL, window, q.device)
+        causal = mask is None and q.shape[2] > 1  # one query sees all keys
         result = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return result.transpose(1, 2)[..., :value_head]
 
 
-def _document_mask(documents_BS: Tensor) -> Tensor:
-    """(B, 1, S, S), True where a query may attend: an earlier position of the same document."""
-    S = documents_BS.shape[1]
-    same = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
-    return (same & torch.ones(S, S, dtype=torch.bool, device=same.device).tril()).unsqueeze(1)
+def _mask(S: int, L: int, documents_BL: Optional[Tensor], window: int, device: torch.device) -> Optional[Tensor]:
+    """(B or 1, 1, S, L), True where a query may attend; None where the kernel's own causal mask says it all."""
+    windowed = 0 < window < L
+    if documents_BL is None and not windowed and S in (1, L):
+        return None
+    keys, queries = torch.arange(L, device=device), torch.arange(L - S, L, device=device)[:, None]
+    seen = keys <= queries
+    if windowed:
+        seen &= keys > queries - window
+    if documents_BL is None:
+        return seen[None, None]
+    return (seen & (documents_BL[:, L - S :, None] == documents_BL[:, None, :])).unsqueeze(1)
 
 
 class _GroupedMM(torch.autograd.Function):
@@ -154,8 +173,9 @@ class CudaBackend(Backend):
             "unpermute": Slot("embedding_bag"),
             "take_rows": Slot("gather"),
             "rms_norm": Slot("F.rms_norm"),
+            "add_expert_bias": Slot("repeat, segment sum"),
             "swiglu": Slot("F.silu times up", "torch has no fused SwiGLU"),
             "rotary": Slot("own autograd function", "torch has no fused rotary embedding"),
-            "attention": Slot("F.scaled_dot_product_attention"),
+            "attention": Slot("F.scaled_dot_product_attention", "sinks (gpt-oss) run in blocks of queries on bmm"),
             "linear_cross_entropy": Slot("chunks of tokens"),
         }

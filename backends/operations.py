@@ -1,8 +1,8 @@
 """The operations that a backend provides. ``backends/cpu.py`` defines each; the other backends are checked against it.
 
 Shape suffixes: T tokens, K choices per token, P rows (at most T·K), E experts, H hidden, I input, O output,
-B batch, S sequence, N query heads, M key/value heads, D query/key head size, W value head size,
-R rotated dimensions halved, V vocabulary.
+B batch, S queries of a sequence, L its keys, N query heads, M key/value heads, D query/key head size,
+W value head size, R rotated dimensions halved, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
@@ -83,8 +83,19 @@ class Operations(ABC):
         """
 
     @abstractmethod
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        """``silu(first half) * second half``: (..., 2I) -> (..., I) (Shazeer 2020, arXiv 2002.05202)."""
+    def add_expert_bias(self, y_PO: Tensor, bias_EO: Tensor, counts_E: Tensor) -> Tensor:
+        """Each expert's bias added to its own rows -> (P, O). The gradient of a bias is the fp32 sum over its rows.
+
+        Rows and counts as in :meth:`grouped_mm`.
+        """
+
+    @abstractmethod
+    def swiglu(self, gate_up: Tensor, limit: Optional[float] = None) -> Tensor:
+        """``silu(first half) * second half``: (..., 2I) -> (..., I) (Shazeer 2020, arXiv 2002.05202).
+
+        With a ``limit`` c, gpt-oss's clamped form: ``g * sigmoid(1.702 g) * (u + 1)``, where g is the first half, at
+        most c, and u the second, between -c and c.
+        """
 
     @abstractmethod
     def rotary(self, x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool) -> Tensor:
@@ -96,12 +107,23 @@ class Operations(ABC):
 
     @abstractmethod
     def attention(
-        self, q_BSND: Tensor, k_BSMD: Tensor, v_BSMW: Tensor, scale: float, documents_BS: Optional[Tensor] = None
+        self,
+        q_BSND: Tensor,
+        k_BLMD: Tensor,
+        v_BLMW: Tensor,
+        scale: float,
+        documents_BL: Optional[Tensor] = None,
+        window: int = 0,
+        sinks_N: Optional[Tensor] = None,
     ) -> Tensor:
         """Causal softmax attention -> (B, S, N, W).
 
-        Query head n reads key/value head ``n // (N / M)``. With ``documents_BS`` (any integers) a position sees
-        only earlier positions with its own number.
+        Query head n reads key/value head ``n // (N / M)``. The queries are those of the last S of L positions.
+
+        Args:
+            documents_BL: any integers; a position sees only earlier positions with its own number.
+            window: how many positions one sees, itself included; 0: all before it.
+            sinks_N: for each head a logit that takes part in the softmax and has no value (gpt-oss).
         """
 
     @abstractmethod

@@ -15,18 +15,19 @@ from trainer.model.moe import Experts
 def parameter_groups(model: MoETransformer, weight_decay: float) -> list[ParameterGroup]:
     """Matrices decay, vectors (norms and biases) do not; experts are apart because they have other replicas."""
     experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
-    groups = [
-        ParameterGroup([], [], weight_decay, expert=False),
-        ParameterGroup([], [], 0.0, expert=False),
-        ParameterGroup([], [], weight_decay, expert=True),
-    ]
+    groups = {
+        (expert, decays): ParameterGroup([], [], weight_decay if decays else 0.0, expert)
+        for expert in (False, True)
+        for decays in (True, False)
+    }
     for name, parameter in model.named_parameters():
         if parameter is model.embedding_copy:
             continue  # its owner, the first pipeline stage, updates it
-        group = groups[2] if id(parameter) in experts else groups[0] if parameter.dim() > 1 else groups[1]
+        expert = id(parameter) in experts
+        group = groups[expert, parameter.dim() > (2 if expert else 1)]  # experts are stacked
         group.names.append(name)
         group.parameters.append(parameter)
-    return groups
+    return list(groups.values())
 
 
 def adamw(config: OptimizerConfig) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:

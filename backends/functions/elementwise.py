@@ -8,7 +8,7 @@ R rotated dimensions halved.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -59,33 +59,50 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight.to(weight_H.dtype), None
 
 
+_SLOPE = 1.702  # of the sigmoid in gpt-oss's clamped SwiGLU
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, limit: Optional[float]) -> Tensor:
         wide = accumulation_dtype(gate_up.dtype)
         result = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
         for rows in _row_blocks(gate_up):
             gate, up = gate_up[rows].to(wide).chunk(2, -1)
-            torch.mul(torch.nn.functional.silu(gate), up, out=result[rows])
+            if limit is None:
+                torch.mul(torch.nn.functional.silu(gate), up, out=result[rows])
+            else:
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+                torch.mul(torch.sigmoid(_SLOPE * gate).mul_(gate), up.add_(1), out=result[rows])
         ctx.save_for_backward(gate_up)
+        ctx.limit = limit
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TI: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_TI: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         wide = accumulation_dtype(gate_up.dtype)
         grad_gate_up = torch.empty_like(gate_up)
-        half = grad_TI.shape[1]
+        half, limit = grad_TI.shape[1], ctx.limit
         for rows in _row_blocks(gate_up):
             gate, up = gate_up[rows].to(wide).chunk(2, -1)
             grad, into = grad_TI[rows].to(wide), grad_gate_up[rows]
-            sigmoid = torch.sigmoid(gate)
+            if limit is not None:
+                gate_inside, up_inside = gate <= limit, up.abs() <= limit
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1)
+            slope_factor = 1.0 if limit is None else _SLOPE
+            sigmoid = torch.sigmoid(gate if limit is None else slope_factor * gate)
             silu = gate * sigmoid
-            slope = torch.addcmul(silu, silu, sigmoid, value=-1).add_(sigmoid)  # s + g·s·(1 - s)
-            torch.mul(slope.mul_(up), grad, out=into[:, :half])
+            # s + a·g·s·(1 - s), the derivative of g·s with s = sigmoid(a·g)
+            slope = torch.addcmul(silu, silu, sigmoid, value=-1).mul_(slope_factor).add_(sigmoid)
+            slope.mul_(up)
+            if limit is not None:  # nothing flows through what was clamped
+                slope.mul_(gate_inside)
+                silu.mul_(up_inside)
+            torch.mul(slope, grad, out=into[:, :half])
             torch.mul(silu, grad, out=into[:, half:])
-        return grad_gate_up
+        return grad_gate_up, None
 
 
 class _Rotary(torch.autograd.Function):
@@ -125,9 +142,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, limit: Optional[float] = None) -> Tensor:
     """See :meth:`backends.operations.Operations.swiglu`."""
-    return _SwiGLU.apply(gate_up.reshape(-1, gate_up.shape[-1])).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    result = _SwiGLU.apply(gate_up.reshape(-1, gate_up.shape[-1]), limit)
+    return result.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
 def rotary(x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool) -> Tensor:

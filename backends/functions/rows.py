@@ -1,6 +1,6 @@
 """Moving rows to their experts and back: gathers in both directions, never a scatter.
 
-Shape suffixes: T tokens, K choices per token, P rows, H hidden, E experts.
+Shape suffixes: T tokens, K choices per token, P rows, H hidden, E experts, O output.
 """
 
 from typing import Any, Optional
@@ -113,3 +113,25 @@ def unpermute(y_PH: Tensor, order: ExpertOrder, weights_TK: Tensor) -> Tensor:
 def take_rows(x_PH: Tensor, index_P: Tensor, inverse_P: Tensor) -> Tensor:
     """See :meth:`backends.operations.Operations.take_rows`."""
     return _TakeRows.apply(x_PH, index_P, inverse_P)
+
+
+class _AddExpertBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_PO: Tensor, bias_EO: Tensor, counts_E: Tensor) -> Tensor:
+        ctx.save_for_backward(counts_E)
+        ctx.dtype = bias_EO.dtype
+        # The size is told, so that no device is waited for.
+        return y_PO + torch.repeat_interleave(bias_EO, counts_E, dim=0, output_size=y_PO.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_PO: Tensor) -> tuple[Tensor, Tensor, None]:
+        (counts_E,) = ctx.saved_tensors
+        wide = grad_PO.to(accumulation_dtype(grad_PO.dtype)).contiguous()
+        sums_EO = torch.segment_reduce(wide, "sum", lengths=counts_E, axis=0, initial=0)
+        return grad_PO, sums_EO.to(ctx.dtype), None
+
+
+def add_expert_bias(y_PO: Tensor, bias_EO: Tensor, counts_E: Tensor) -> Tensor:
+    """See :meth:`backends.operations.Operations.add_expert_bias`."""
+    return _AddExpertBias.apply(y_PO, bias_EO, counts_E)

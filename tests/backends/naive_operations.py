@@ -18,10 +18,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def add_expert_bias(y_PO: Tensor, bias_EO: Tensor, counts: list[int]) -> Tensor:
+    experts = [expert for expert, count in enumerate(counts) for _ in range(count)]
+    rows = [y_PO[row] + bias_EO[expert] for row, expert in enumerate(experts)]
+    return torch.stack(rows) if rows else y_PO + 0 * bias_EO.sum()
+
+
+def swiglu(gate_up: Tensor, limit: float | None = None) -> Tensor:
     half = gate_up.shape[-1] // 2
     gate, up = gate_up[..., :half], gate_up[..., half:]
-    return gate / (1 + (-gate).exp()) * up
+    if limit is None:
+        return gate / (1 + (-gate).exp()) * up
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return gate / (1 + (-1.702 * gate).exp()) * (up + 1)
 
 
 def rotary(x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool) -> Tensor:
@@ -34,15 +43,29 @@ def rotary(x_BSND: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, interleaved: bool) 
     return torch.stack(columns, -1)
 
 
-def attention(q_BSND: Tensor, k_BSMD: Tensor, v_BSMW: Tensor, scale: float, documents_BS: Tensor | None) -> Tensor:
-    group = q_BSND.shape[2] // k_BSMD.shape[2]
-    k, v = k_BSMD.repeat_interleave(group, 2), v_BSMW.repeat_interleave(group, 2)
+def attention(
+    q_BSND: Tensor,
+    k_BLMD: Tensor,
+    v_BLMW: Tensor,
+    scale: float,
+    documents_BL: Tensor | None,
+    window: int = 0,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    (B, S, N), L = q_BSND.shape[:3], k_BLMD.shape[1]
+    k, v = (x.repeat_interleave(N // x.shape[2], 2) for x in (k_BLMD, v_BLMW))
     scores = torch.einsum("bsnd,btnd->bnst", q_BSND, k) * scale
-    S = scores.shape[-1]
-    seen = torch.ones(S, S, dtype=torch.bool).tril()
-    if documents_BS is not None:
-        seen = seen & (documents_BS[:, :, None] == documents_BS[:, None, :]).unsqueeze(1)
-    return torch.einsum("bnst,btnw->bsnw", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+    seen = torch.zeros(B, S, L, dtype=torch.bool)
+    for b in range(B):
+        for s in range(S):
+            for t in range(L):
+                here = L - S + s
+                same = documents_BL is None or documents_BL[b, here] == documents_BL[b, t]
+                seen[b, s, t] = t <= here and same and (window == 0 or t > here - window)
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    if sinks_N is not None:
+        scores = torch.cat([scores, sinks_N.view(1, N, 1, 1).expand(B, N, S, 1)], -1)
+    return torch.einsum("bnst,btnw->bsnw", scores.softmax(-1)[..., :L], v)
 
 
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:

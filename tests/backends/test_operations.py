@@ -193,7 +193,21 @@ def test_rms_norm_of_an_fp32_residual_has_the_dtype_of_its_bf16_weight(ops):
 def test_swiglu(ops, dtype, shape, blocked, monkeypatch):
     if blocked:
         monkeypatch.setattr(elementwise, "_BLOCK_ELEMENTS", 17)
-    compare(ops.swiglu, naive.swiglu, (normal(*shape, dtype=dtype),), dtype)
+    x = normal(*shape, dtype=dtype)
+    compare(ops.swiglu, naive.swiglu, (x,), dtype)
+    compare(lambda x: ops.swiglu(x, 0.5), lambda x: naive.swiglu(x, 0.5), (x,), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0], [0, 4, 0]])
+def test_add_expert_bias(ops, dtype, counts):
+    inputs = normal(sum(counts), 6, dtype=dtype), normal(len(counts), 6, dtype=dtype)
+    compare(
+        lambda y, b: ops.add_expert_bias(y, b, torch.tensor(counts)),
+        lambda y, b: naive.add_expert_bias(y, b, counts),
+        inputs,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -241,6 +255,41 @@ def test_attention(ops, dtype, block, scores, heads, sizes, documents, monkeypat
     )
 
 
+@pytest.mark.parametrize(
+    "window,sinks,queries,documents",
+    [
+        (0, False, 6, None),
+        (0, False, 1, "packed"),
+        (0, True, 11, None),
+        (2, False, 11, "any order"),
+        (3, True, 11, "packed"),
+        (3, False, 11, None),
+        (7, False, 5, None),
+        (7, True, 1, "any order"),
+        (20, True, 9, None),
+    ],
+)
+@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_with_window_sinks_and_fewer_queries_than_keys(
+    ops, dtype, block, window, sinks, queries, documents, monkeypatch
+):
+    if isinstance(ops, CudaOperations) and block == 4 and not sinks:
+        pytest.skip("blocks are the CPU's")
+    monkeypatch.setattr(blockwise, "_BLOCK", block)
+    S, L, N, M, D, W = queries, 11, 4, 2, 8, 6
+    inputs = [normal(*s, dtype=dtype) for s in ((2, S, N, D), (2, L, M, D), (2, L, M, W), (N,))]
+    documents_BL = torch.tensor(DOCUMENTS[documents]) if documents else None
+    tolerance = 2.5e-2 if dtype == torch.bfloat16 and isinstance(ops, CudaOperations) else None
+    compare(
+        lambda q, k, v, *s: ops.attention(q, k, v, 0.3, documents_BL, window, *s),
+        lambda q, k, v, *s: naive.attention(q, k, v, 0.3, documents_BL, window, *s),
+        inputs if sinks else inputs[:3],
+        dtype,
+        tolerance,
+    )
+
+
 def test_attention_survives_large_scores(ops):
     q = normal(1, 6, 1, 4, dtype=torch.float32)
     result = ops.attention(q, q, q, 1e4)
@@ -281,6 +330,8 @@ def test_gradients_by_finite_differences(ops):
         (lambda y, w: ops.unpermute(y, order, w), (y, weights)),
         (lambda x, w: ops.rms_norm(x, w, 1e-2), (x, normal(4))),
         (ops.swiglu, (x,)),
+        (lambda x: ops.swiglu(x, 0.5), (x,)),
+        (lambda y, b: ops.add_expert_bias(y, b, order.counts_E), (y, normal(3, 4))),
         (lambda x: ops.rotary(x, angle.cos(), angle.sin(), True), (normal(1, 3, 2, 4),)),
         (lambda q, k, v: ops.attention(q, k, v, 0.5), (normal(1, 3, 2, 4), normal(1, 3, 1, 4), normal(1, 3, 1, 3))),
         (lambda h, w: ops.linear_cross_entropy(h, w, torch.tensor([1, -100, 0]))[0], (x, normal(5, 4))),

@@ -17,6 +17,14 @@ STEPS = 20
 
 # name, ranks, overrides
 ONE_MICRO_BATCH = "train.micro_batch_size=4"  # on two ranks
+# What families other than DeepSeek's add to the model: gpt-oss, and the normalised head of Ling.
+OTHERS = (
+    "model.num_layers=5 "
+    "model.attention.kind=gqa model.attention.num_heads=4 model.attention.num_kv_heads=2 model.attention.head_dim=8 "
+    "model.attention.bias=true model.attention.output_bias=true model.attention.sinks=true model.attention.window=8 "
+    "model.attention.full_every=2 model.moe.score=softmax model.moe.router_bias=true model.moe.linear_bias=true "
+    "model.moe.swiglu_limit=1.0 model.normalize_head=true"
+)
 LAYOUTS = [
     ("one", 1, ""),
     ("one-recompute", 1, "train.activation_checkpointing=layer"),
@@ -29,6 +37,13 @@ LAYOUTS = [
     ("ep4", 4, "parallel.expert=4"),
     ("dp2-zero2", 2, "parallel.zero=2"),
     ("edp2-ep2-zero2-recompute", 4, "parallel.zero=2 parallel.expert=2 train.activation_checkpointing=layer"),
+    ("others", 1, OTHERS),
+    (
+        "others-pp2-ep2",
+        4,
+        f"{OTHERS} parallel.pipeline=2 parallel.schedule=zbv parallel.expert=2 train.activation_checkpointing=layer",
+    ),
+    ("others-edp2-ep2-zero2", 4, f"{OTHERS} parallel.zero=2 parallel.expert=2"),
     ("dp2-whole", 2, f"{ONE_MICRO_BATCH} train.steps=5"),
     ("dp2-zero2-whole", 2, f"{ONE_MICRO_BATCH} train.steps=5 parallel.zero=2"),
 ]
@@ -57,9 +72,12 @@ def train_all(folder: Path, ranks: int, layouts: list[tuple[str, int, str]]) -> 
         assert outcome == ["done"] * len(lines)
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in LAYOUTS if name != "one" and not name.endswith("whole")])
+COMPARED = [name for name, *_ in LAYOUTS if name not in ("one", "others") and not name.endswith("whole")]
+
+
+@pytest.mark.parametrize("name", COMPARED)
 def test_a_layout_trains_the_same_model(runs: Path, name: str) -> None:
-    assert_same_model(runs, name)
+    assert_same_model(runs, name, "others" if name.startswith("others") else "one")
 
 
 def test_zero_2_with_one_micro_batch_is_bitwise_zero_1(runs: Path) -> None:
@@ -76,8 +94,8 @@ def test_eight_ranks_train_the_same_model(runs: Path) -> None:
         assert_same_model(runs, name)
 
 
-def assert_same_model(runs: Path, name: str) -> None:
-    found = difference(runs / "one", runs / name, STEPS)
+def assert_same_model(runs: Path, name: str, one: str = "one") -> None:
+    found = difference(runs / one, runs / name, STEPS)
     assert found.within(BOUND), found
 
 

@@ -41,6 +41,7 @@ INSIDE = {
     "moebius plot runs/tiny --out loss.png": Inside(shows="loss.png", needs=TRAIN),
     "moebius params --config configs/tiny.yaml": Inside(shows="11.7M"),
     "moebius params --config configs/tiny.yaml model.moe.num_experts=64 model.moe.top_k=4": Inside(shows="all"),
+    "moebius params --config configs/models/telechat3-105b.yaml": Inside(shows="105B"),
     "moebius pipeline --schedule zbv --pp 2 --microbatches 4": Inside(shows="in theory"),
     "moebius pipeline --schedule dualpipev --pp 4 --microbatches 8 --out dualpipev.svg": Inside(shows="dualpipev.svg"),
     "moebius pipeline --schedule dualpipev --pp 4 --microbatches 6": Inside(code=2, shows="use 8"),
@@ -58,6 +59,9 @@ STARTED = {
         (*TINY, "train.steps=3"), needs=TRAIN, shows="resuming after step 2"
     ),
     "moebius train --config configs/mine.yaml --sample": Started(TINY),
+    "moebius train --config configs/models/tiny/gpt-oss.yaml": Started(
+        ("data.source=text", "data.paths=[~/texts]", "train.steps=2", "metrics.tensorboard=false")
+    ),
     f"deepspeed --num_accelerators 2 {_TWO}": Started(TINY),
     "torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py --config configs/tiny.yaml --auto-resume "
     "parallel.expert=2 name=tiny-watched": Started(TINY),

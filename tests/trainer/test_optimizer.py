@@ -40,11 +40,16 @@ def test_a_run_shorter_than_its_warm_up_warms_up_only() -> None:
 
 def test_matrices_and_experts_decay_and_vectors_do_not() -> None:
     config = ModelConfig(vocab_size=64, hidden_size=16, num_layers=2, dense_layers=1)
-    config.attention.bias = True
+    config.attention.bias = config.attention.sinks = True
+    config.moe.linear_bias = config.moe.router_bias = True
     model = MoETransformer(config, backends.select("cpu").ops)
-    dense, vectors, experts = parameter_groups(model, 0.1)
-    assert (dense.weight_decay, vectors.weight_decay, experts.weight_decay) == (0.1, 0.0, 0.1)
-    assert experts.names == ["layers.1.moe.experts.gate_up", "layers.1.moe.experts.down"] and experts.expert
+    groups = dense, vectors, experts, expert_biases = parameter_groups(model, 0.1)
+    assert [group.weight_decay for group in groups] == [0.1, 0.0, 0.1, 0.0]
+    assert [group.expert for group in groups] == [False, False, True, True]
+    assert experts.names == ["layers.1.moe.experts.gate_up", "layers.1.moe.experts.down"]
+    assert expert_biases.names == ["layers.1.moe.experts.gate_up_bias", "layers.1.moe.experts.down_bias"]
     assert "embed.weight" in dense.names and "layers.1.moe.router.weight" in dense.names
-    assert "layers.0.attention.q.bias" in vectors.names and "norm.weight" in vectors.names
-    assert sorted(dense.names + vectors.names + experts.names) == sorted(n for n, _ in model.named_parameters())
+    assert {"layers.0.attention.q.bias", "layers.1.attention.sinks", "layers.1.moe.router.bias", "norm.weight"} <= set(
+        vectors.names
+    )
+    assert sorted(name for group in groups for name in group.names) == sorted(n for n, _ in model.named_parameters())

@@ -2,13 +2,13 @@
 
 
 def si(value: float, unit: str = "") -> str:
-    """Three significant digits with k, M, G, T or P: "1.23k", or "1.23 kFLOP" where there is a unit."""
+    """Three significant digits: "1.23 GFLOP" with k, M, G, T or P; of plain numbers "1.23B" with k, M, B or T."""
     space = " " if unit else ""
-    for prefix in ("", "k", "M", "G", "T"):
+    for prefix in ("", "k", "M", "G", "T") if unit else ("", "k", "M", "B"):
         if abs(value) < 999.5:
             return f"{_three(value)}{space}{prefix}{unit}"
         value /= 1000
-    return f"{_three(value)}{space}P{unit}"
+    return f"{_three(value)}{space}{'P' if unit else 'T'}{unit}"
 
 
 def duration(seconds: float) -> str:

@@ -16,19 +16,23 @@ from trainer.model.rope import softmax_scale
 
 
 class GroupedQueryAttention(nn.Module):
-    """Queries in N heads, keys and values in M (GQA, arXiv 2305.13245), optional bias and QK-norm."""
+    """Queries in N heads, keys and values in M (GQA, arXiv 2305.13245), with what families add.
 
-    def __init__(self, config: ModelConfig, ops: Operations, **factory: Any) -> None:
+    That is biases, QK-norm, a sliding window and sinks (gpt-oss: a learned logit per head in the softmax).
+    """
+
+    def __init__(self, config: ModelConfig, ops: Operations, window: int, **factory: Any) -> None:
         super().__init__()
         shape = config.attention
         self.ops, self.head_dim, self.interleaved = ops, shape.head_dim, config.rope.interleaved
-        self.scale = softmax_scale(shape.head_dim, config.rope.yarn)
+        self.scale, self.window = softmax_scale(shape.head_dim, config.rope.yarn), window
         width = shape.num_heads * shape.head_dim
         kv_width = shape.num_kv_heads * shape.head_dim
         self.q = Linear(config.hidden_size, width, ops, bias=shape.bias, **factory)
         self.k = Linear(config.hidden_size, kv_width, ops, bias=shape.bias, **factory)
         self.v = Linear(config.hidden_size, kv_width, ops, bias=shape.bias, **factory)
-        self.out = Linear(width, config.hidden_size, ops, **factory)
+        self.out = Linear(width, config.hidden_size, ops, bias=shape.output_bias, **factory)
+        self.sinks = nn.Parameter(torch.empty(shape.num_heads, **factory)) if shape.sinks else None
         if shape.qk_norm:
             self.q_norm: nn.Module = RMSNorm(shape.head_dim, config.norm_eps, ops, **factory)
             self.k_norm: nn.Module = RMSNorm(shape.head_dim, config.norm_eps, ops, **factory)
@@ -41,7 +45,8 @@ class GroupedQueryAttention(nn.Module):
         k_BSMD = self.k_norm(self.k(x_BSH).view(heads))
         q_BSND = self.ops.rotary(q_BSND, context.cos_BSR, context.sin_BSR, self.interleaved)
         k_BSMD = self.ops.rotary(k_BSMD, context.cos_BSR, context.sin_BSR, self.interleaved)
-        y_BSND = self.ops.attention(q_BSND, k_BSMD, self.v(x_BSH).view(heads), self.scale, context.documents_BS)
+        v_BSMD = self.v(x_BSH).view(heads)
+        y_BSND = self.ops.attention(q_BSND, k_BSMD, v_BSMD, self.scale, context.documents_BS, self.window, self.sinks)
         return self.out(y_BSND.flatten(2))
 
 
@@ -85,7 +90,8 @@ class LatentAttention(nn.Module):
         return self.out(y_BSNV.flatten(2))
 
 
-def build_attention(config: ModelConfig, ops: Operations, **factory: Any) -> nn.Module:
-    """The attention that ``config.attention.kind`` names."""
-    kind = LatentAttention if config.attention.kind == "mla" else GroupedQueryAttention
-    return kind(config, ops, **factory)
+def build_attention(config: ModelConfig, number: int, ops: Operations, **factory: Any) -> nn.Module:
+    """The attention of layer ``number``, of the kind that ``config.attention.kind`` names."""
+    if config.attention.kind == "mla":
+        return LatentAttention(config, ops, **factory)
+    return GroupedQueryAttention(config, ops, config.window_of(number), **factory)

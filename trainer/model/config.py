@@ -44,6 +44,10 @@ class AttentionConfig:
     head_dim: int = key(64, "dimension of a head (gqa)")
     qk_norm: bool = key(False, "RMSNorm on each query and key head (gqa)")
     bias: bool = key(False, "bias on the query, key and value projections (gqa)")
+    output_bias: bool = key(False, "bias on the output projection (gqa)")
+    sinks: bool = key(False, "a learned logit per head that takes part in the softmax and has no value (gqa; gpt-oss)")
+    window: int = key(0, "positions that one sees, itself included; 0 sees all before it (gqa)")
+    full_every: int = key(0, "with a window, layers n-1, 2n-1, ... see everything all the same; 0: none does (gqa)")
     q_lora_rank: int = key(0, "rank of the compressed query (mla); 0 projects queries directly")
     kv_lora_rank: int = key(128, "rank of the compressed keys and values (mla)")
     qk_nope_head_dim: int = key(64, "head dimensions without position (mla)")
@@ -66,6 +70,11 @@ class MoEConfig:
     score: str = key("softmax", "scoring of the router logits: softmax or sigmoid", choices=("softmax", "sigmoid"))
     normalize: bool = key(True, "make the weights of the chosen experts sum to 1; with top_k 1 the score stays")
     scale: float = key(1.0, "factor on the weights after normalisation")
+    router_bias: bool = key(False, "bias on the router's logits (gpt-oss)")
+    linear_bias: bool = key(False, "biases on the experts' two projections (gpt-oss)")
+    swiglu_limit: Optional[float] = key(
+        None, "clamp of gpt-oss: experts compute min(g, c) sigmoid(1.702 min(g, c)) (clip(u, -c, c) + 1); null: SwiGLU"
+    )
     num_groups: int = key(1, "expert groups for group-limited selection; 1 switches it off")
     top_groups: int = key(1, "groups that a token may use")
     expert_bias: bool = key(False, "loss-free balancing: a bias, used for selection only, moved once a step")
@@ -93,12 +102,18 @@ class ModelConfig:
     mtp_loss: float = key(0.3, "weight of the multi-token-prediction loss, averaged over its layers")
     norm_eps: float = key(1e-6, "epsilon of RMSNorm")
     tie_embeddings: bool = key(False, "share the embedding with the head")
+    normalize_head: bool = key(False, "give each column of the head's weight unit norm before use (NormHead of Ling)")
     residual_fp32: bool = key(False, "keep the residual stream in fp32 under bf16")
     init_std: float = key(0.02, "standard deviation of the initial weights")
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer number ``layer`` (from 0; MTP layers follow the last) holds experts."""
         return self.moe.num_experts > 0 and layer >= self.dense_layers
+
+    def window_of(self, layer: int) -> int:
+        """How many positions one sees in layer number ``layer``, itself included; 0: all."""
+        every = self.attention.full_every
+        return 0 if every and (layer + 1) % every == 0 else self.attention.window
 
     def moe_names(self) -> list[str]:
         """The numbers, as strings, of all layers that hold experts."""
@@ -134,6 +149,10 @@ class ModelConfig:
                 f"{attention.num_kv_heads} does not divide num_heads={attention.num_heads}",
                 "choose a divisor",
             )
+        if attention.kind == "mla":
+            for name in _GQA_ONLY:
+                if getattr(attention, name):
+                    refuse(f"attention.{name}", "is for attention.kind=gqa", "leave it out with mla")
         rotated = attention.qk_rope_head_dim if attention.kind == "mla" else attention.head_dim * self.rope.fraction
         if rotated % 2:
             name = "attention.qk_rope_head_dim" if attention.kind == "mla" else "rope.fraction"
@@ -181,7 +200,8 @@ _RANGES = {
     "rope.yarn.mscale_all_dim": FINITE,
     "moe.num_experts": NATURAL,
 }
-_GQA_RANGES = {"attention.head_dim": COUNT}
+_GQA_ONLY = ("qk_norm", "bias", "output_bias", "sinks", "window", "full_every")
+_GQA_RANGES = {"attention.head_dim": COUNT, "attention.window": NATURAL, "attention.full_every": NATURAL}
 _MLA_RANGES = {
     "attention.q_lora_rank": NATURAL,
     "attention.kv_lora_rank": COUNT,
@@ -193,6 +213,7 @@ _MOE_RANGES = {
     "moe.expert_hidden_size": COUNT,
     "moe.num_shared_experts": NATURAL,
     "moe.scale": POSITIVE,
+    "moe.swiglu_limit": Rule(lambda value: value is None or value > 0, "set it above 0, or to null for plain SwiGLU"),
     "moe.expert_bias_rate": NATURAL,
     "moe.aux_loss": NATURAL,
     "moe.z_loss": NATURAL,

@@ -53,8 +53,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
     The second term is the attention of the L layers, multi-token prediction included: per head, S positions and
     2 FLOPs for each of the d_qk dimensions of the scores and the d_v of the values, times 3 for forward and
-    backward, halved because attention is causal. Document boundaries are not taken off. Recomputation and dropped
-    tokens change nothing: these are the FLOPs of the model, not of the machine.
+    backward, halved because attention is causal, and less where a window cuts it. Document boundaries are not taken
+    off. Recomputation and dropped tokens change nothing: these are the FLOPs of the model, not of the machine.
     """
     costs = layer_costs(config, sequence_length)
     # The backward pass costs twice the forward pass.
@@ -77,15 +77,17 @@ def layer_costs(config: ModelConfig, sequence_length: int) -> LayerCosts:
         head_dims = shape.qk_nope_head_dim + shape.qk_rope_head_dim + shape.v_head_dim
     else:
         head_dims = 2 * shape.head_dim
-    attention = sequence_length * shape.num_heads * head_dims
 
-    def matrices(module: nn.Module) -> float:
-        weights = (_used(name, p, config) for name, p in module.named_parameters(prefix=".") if p.dim() > 1)
-        return 2.0 * sum(weights)
+    def forward(number: int, layer: nn.Module) -> float:
+        matrices = ((name, p) for name, p in layer.named_parameters(prefix=".") if not name.endswith("bias"))
+        weights = sum(_used(name, p, config) for name, p in matrices if p.dim() > 1)
+        window = min(config.window_of(number) or sequence_length, sequence_length)
+        seen = 2 * window - window**2 / sequence_length  # twice the mean over positions
+        return 2.0 * weights + seen * shape.num_heads * head_dims
 
     head = 2.0 * config.vocab_size * config.hidden_size
-    layers = [matrices(layer) + attention for layer in model.layers.values()]
-    further = sum(matrices(layer) + attention + head for layer in model.mtp.values())
+    layers = [forward(int(number), layer) for number, layer in model.layers.items()]
+    further = sum(forward(config.num_layers + int(k), layer) + head for k, layer in model.mtp.items())
     return LayerCosts(layers, min(layers), head + further)
 
 

@@ -24,11 +24,11 @@ def materialize(model: MoETransformer, seed: int, device: torch.device | str) ->
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             holder = next((module for prefix, module in experts.items() if name.startswith(prefix)), None)
-            if holder is not None:
+            if name.endswith("bias"):
+                value.zero_()
+            elif holder is not None:
                 for index, expert in enumerate(value):
                     _draw(expert, f"{name}.{holder.first + index}", seed, model.config.init_std)
-            elif name.endswith("bias"):
-                value.zero_()
             elif name.endswith("norm.weight"):
                 value.fill_(1)
             else:

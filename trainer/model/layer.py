@@ -22,7 +22,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: ModelConfig, number: int, ops: Operations, **factory: Any) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, ops, **factory)
-        self.attention = build_attention(config, ops, **factory)
+        self.attention = build_attention(config, number, ops, **factory)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps, ops, **factory)
         if config.is_moe(number):
             self.moe: MoE | None = MoE(config, ops, str(number), **factory)

@@ -135,7 +135,7 @@ class MoETransformer(nn.Module):
         """Behind the last layer: logits without labels, the loss with."""
         hidden = self.norm(hidden)
         if batch.labels_BS is None:
-            return at_least_fp32(self.head(hidden))
+            return at_least_fp32(self.head(self._before_head(hidden)))
         loss = self._cross_entropy(hidden, batch.labels_BS, batch.share)
         self.meters.add("lm_loss", loss)
         if self.mtp:
@@ -162,8 +162,20 @@ class MoETransformer(nn.Module):
         )
 
     def _cross_entropy(self, hidden_BSH: Tensor, labels_BS: Tensor, share: Share) -> Tensor:
-        total, _ = self.ops.linear_cross_entropy(hidden_BSH.flatten(0, 1), self.head.weight, labels_BS.flatten())
+        hidden_TH = self._before_head(hidden_BSH).flatten(0, 1)
+        total, _ = self.ops.linear_cross_entropy(hidden_TH, self.head.weight, labels_BS.flatten())
         return total / share.tokens
+
+    def _before_head(self, hidden_BSH: Tensor) -> Tensor:
+        """What the head multiplies with.
+
+        NormHead (inclusionAI's Ling) divides each column of the head's weight by its norm, which is no part of the
+        graph. Dividing the hidden states instead is the same product.
+        """
+        if not self.config.normalize_head:
+            return hidden_BSH
+        norms_H = torch.linalg.vector_norm(at_least_fp32(self.head.weight.detach()), dim=0)
+        return (hidden_BSH / (norms_H + 1e-7)).to(hidden_BSH.dtype)
 
     def _further_ahead(self, hidden: Tensor, tokens_BS: Tensor, labels_BS: Tensor, context: Context) -> Tensor:
         """Mean over MTP layers of their cross entropies, each divided by the same token count (equation 24)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.operations import Operations
-from trainer.model.config import ModelConfig
+from trainer.model.config import ModelConfig, MoEConfig
 from trainer.model.context import Context, attach_loss
 from trainer.model.linear import SwiGLU
 from trainer.model.router import Router
@@ -43,19 +43,31 @@ class LocalDispatcher:
 
 
 class Experts(nn.Module):
-    """SwiGLU experts as two stacked weights, ``gate_up`` (E, 2I, H) and ``down`` (E, H, I), run by grouped matmuls."""
+    """SwiGLU experts as two stacked weights, ``gate_up`` (E, 2I, H) and ``down`` (E, H, I), run by grouped matmuls.
 
-    def __init__(self, num_experts: int, size: int, hidden: int, ops: Operations, **factory: Any) -> None:
+    With ``linear_bias`` each has a bias as well, (E, 2I) and (E, H).
+    """
+
+    def __init__(self, config: MoEConfig, size: int, ops: Operations, **factory: Any) -> None:
         super().__init__()
-        self.ops = ops
+        num_experts, hidden = config.num_experts, config.expert_hidden_size
+        self.ops, self.limit = ops, config.swiglu_limit
         self.first = 0  # global number of the first expert held here
         self.total = num_experts
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden, size, **factory))
         self.down = nn.Parameter(torch.empty(num_experts, size, hidden, **factory))
+        self.gate_up_bias = self.down_bias = None
+        if config.linear_bias:
+            self.gate_up_bias = nn.Parameter(torch.empty(num_experts, 2 * hidden, **factory))
+            self.down_bias = nn.Parameter(torch.empty(num_experts, size, **factory))
 
     def forward(self, rows_PH: Tensor, tokens_E: Tensor) -> Tensor:
-        gate_up = self.ops.grouped_mm(rows_PH, self.gate_up, tokens_E)
-        return self.ops.grouped_mm(self.ops.swiglu(gate_up), self.down, tokens_E)
+        gate_up = self._project(rows_PH, self.gate_up, self.gate_up_bias, tokens_E)
+        return self._project(self.ops.swiglu(gate_up, self.limit), self.down, self.down_bias, tokens_E)
+
+    def _project(self, x_PI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, tokens_E: Tensor) -> Tensor:
+        y_PO = self.ops.grouped_mm(x_PI, weight_EOI, tokens_E)
+        return y_PO if bias_EO is None else self.ops.add_expert_bias(y_PO, bias_EO, tokens_E)
 
     def shard(self, first: int, count: int) -> None:
         """Keep only experts ``first`` to ``first + count - 1``; for a model that is still on the meta device."""
@@ -75,7 +87,7 @@ class MoE(nn.Module):
         moe = config.moe
         self.name = name
         self.router = Router(moe, config.hidden_size, **factory)
-        self.experts = Experts(moe.num_experts, config.hidden_size, moe.expert_hidden_size, ops, **factory)
+        self.experts = Experts(moe, config.hidden_size, ops, **factory)
         self.dropping = moe.capacity_factor is not None  # whether some choices may have no expert
         self.dispatcher = LocalDispatcher(moe.num_experts, ops, self.dropping)
         hidden = moe.num_shared_experts * moe.expert_hidden_size

@@ -37,6 +37,7 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, **factory))
         bias = torch.empty(config.num_experts, device=factory.get("device")) if config.expert_bias else None
+        self.bias = nn.Parameter(torch.empty(config.num_experts, **factory)) if config.router_bias else None
         self.register_buffer("expert_bias", bias)  # fp32 always: the update is far below bf16's resolution
 
     def forward(self, x_BSH: Tensor, context: Context) -> Routing:
@@ -48,6 +49,8 @@ class Router(nn.Module):
         """
         config = self.config
         logits_BSE = torch.matmul(at_least_fp32(x_BSH), at_least_fp32(self.weight).t())
+        if self.bias is not None:
+            logits_BSE = logits_BSE + self.bias
         scores_BSE = logits_BSE.sigmoid() if config.score == "sigmoid" else logits_BSE.softmax(-1)
         experts_BSK = self._select(scores_BSE.detach())
         weights_BSK = scores_BSE.gather(-1, experts_BSK)

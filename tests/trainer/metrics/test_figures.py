@@ -96,7 +96,7 @@ def test_expert_load():
     ("value", "text"),
     [
         (0, "0"), (7, "7"), (512, "512"), (0.5, "0.50"), (999.4, "999"), (999.6, "1.00k"), (1234, "1.23k"),
-        (12345, "12.3k"), (999_999, "1.00M"), (9.996, "10.0"), (671e9, "671G"), (1.04e12, "1.04T"), (1e15, "1P"),
+        (12345, "12.3k"), (999_999, "1.00M"), (9.996, "10.0"), (671e9, "671B"), (1.04e12, "1.04T"), (15e12, "15T"),
     ],
 )  # fmt: skip
 def test_si(value, text):
@@ -104,7 +104,7 @@ def test_si(value, text):
 
 
 def test_si_with_a_unit():
-    assert si(198.2e9, "FLOP/s") == "198 GFLOP/s"
+    assert si(198.2e9, "FLOP/s") == "198 GFLOP/s" and si(1e15, "FLOP") == "1 PFLOP"
 
 
 @pytest.mark.parametrize(

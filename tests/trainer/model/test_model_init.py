@@ -36,13 +36,13 @@ def test_expert_shards_hold_the_same_values(shards):
 
 
 def test_shards_are_made_on_the_meta_device_once():
-    experts = Experts(4, 3, 2, OPS, device="meta")
+    experts = Experts(moe(num_experts=4, expert_hidden_size=2), 3, OPS, device="meta")
     experts.shard(2, 2)
     assert (experts.first, experts.total, experts.gate_up.shape) == (2, 4, (2, 4, 3))
     with pytest.raises(AssertionError, match="sharded once"):
         experts.shard(0, 1)
     with pytest.raises(AssertionError, match="meta"):
-        Experts(4, 3, 2, OPS).shard(0, 2)
+        Experts(moe(num_experts=4), 3, OPS).shard(0, 2)
 
 
 def test_fewer_layers_of_a_model_get_the_values_of_their_names():

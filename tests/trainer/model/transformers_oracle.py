@@ -11,6 +11,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -30,6 +32,7 @@ COMMON = [
     ("o_proj.", "out."),
     ("mlp.gate.e_score_correction_bias", "moe.router.expert_bias"),
     ("mlp.gate.", "moe.router."),
+    ("mlp.router.", "moe.router."),
     ("mlp.experts.gate_up_proj", "moe.experts.gate_up"),
     ("mlp.experts.down_proj", "moe.experts.down"),
     ("mlp.shared_experts.", "moe.shared."),
@@ -47,11 +50,16 @@ LATENT = [
 ]
 
 
-def tensor_of(theirs: str, ours: Mapping[str, Tensor], kind: str) -> Tensor:
-    """Our tensor, or the half of it, that transformers calls ``theirs``."""
+def tensor_of(theirs: str, ours: Mapping[str, Tensor], family: str, kind: str) -> Tensor:
+    """Our tensor, or the half of it, that transformers calls ``theirs``; a view, perhaps with a dimension more."""
     name = theirs
     for before, after in COMMON + (LATENT if kind == "mla" else GROUPED_QUERY):
         name = name.replace(before, after)
+    if family == "gpt-oss" and ".experts." in name:
+        value = ours[name]
+        if "gate_up" in name:
+            value = value.unflatten(1, (2, -1)).movedim(1, -1)  # their columns alternate between gate and up
+        return value.transpose(1, 2) if name.endswith("down") else value.movedim(2, 1) if value.dim() == 4 else value
     for half, part in enumerate((".gate_proj.", ".up_proj.")):
         if part in name:
             return ours[name.replace(part, ".gate_up.")].chunk(2)[half]
@@ -120,6 +128,16 @@ def their_model(family: str, config: ModelConfig) -> PreTrainedModel:
         return Glm4MoeForCausalLM(
             Glm4MoeConfig(**common, **grouped_query, **deepseek_router, use_qk_norm=shape.qk_norm)
         )
+    if family == "gpt-oss":
+        return GptOssForCausalLM(
+            GptOssConfig(
+                **{**common, "intermediate_size": moe.expert_hidden_size},
+                **grouped_query,
+                num_local_experts=moe.num_experts,
+                sliding_window=shape.window,
+                swiglu_limit=moe.swiglu_limit,
+            )
+        )
     assert family == "deepseek"
     return DeepseekV3ForCausalLM(
         DeepseekV3Config(
@@ -153,7 +171,9 @@ class _OurTables(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         dims = rotated_dims(self.config.attention, self.config.rope)
         cos, sin = rotations(self.config.rope, dims, position_ids)
-        return torch.cat([cos, cos], -1).to(x.dtype), torch.cat([sin, sin], -1).to(x.dtype)
+        if not self.config.attention.sinks:  # gpt-oss takes each value once
+            cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 @contextmanager
