@@ -59,11 +59,22 @@ class Step:
 
     def run(self, batch: Batch, number: int, wants_stop: bool) -> Outcome:
         """Step ``number`` (from 1), on this rank's share of the global batch."""
-        config, clock = self.config, self.pipeline.clock
-        with clock.span("data"):
+        self.train(self.cut(batch))
+        return self.update(number, wants_stop)
+
+    def cut(self, batch: Batch) -> list[MicroBatch]:
+        """Micro-batches that know how many labels the global batch has."""
+        with self.pipeline.clock.span("data"):
             tokens = sum_over(self.topology.dp, (batch.labels_BS != IGNORED).sum().to(self.device))
-            micros = self.micro_batches(batch, Share(tokens=float(tokens), sequences=float(self.sequences)))
-        self.pipeline.train(micros, self.engine.end_micro_batch)
+            return self.micro_batches(batch, Share(tokens=float(tokens), sequences=float(self.sequences)))
+
+    def train(self, micro_batches: list[MicroBatch]) -> None:
+        """Gradients of all of them."""
+        self.pipeline.train(micro_batches, self.engine.end_micro_batch)
+
+    def update(self, number: int, wants_stop: bool) -> Outcome:
+        """What happens once a step."""
+        config, clock = self.config, self.pipeline.clock
         with clock.span("reduce"):
             self.engine.reduce()
         lr = learning_rate(config.schedule, config.optimizer.lr, number, config.train.steps)

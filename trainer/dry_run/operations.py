@@ -1,7 +1,7 @@
 """Stands between the trainer and torch's fake tensors: sees every operation, and answers what a fake cannot tell.
 
 Values that decide shapes or branches are the rows of each expert, where a block of attention meets other documents,
-and whether a norm is finite. The answers: an even choice of experts, one document a sequence, and the number 1.
+and whether a norm is finite. The answers: an even choice of experts, one document a sequence, and 1 for any number.
 Integers that are known are real tensors and stay so; they are computed with, and everything else is fake.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_impls import has_meta
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 from trainer.dry_run.memory import Memory
 from trainer.dry_run.traffic import Traffic
@@ -59,7 +60,11 @@ class Operations(TorchDispatchMode):
         _scan(kwargs.values(), given, key)
         fake = [isinstance(tensor, FakeTensor) for tensor in given]
         if given and all(fake):
-            return self._of_fakes(func, args, kwargs, given, tuple(key))
+            result = self._of_fakes(func, args, kwargs, given, tuple(key))
+            if isinstance(result, FakeTensor) and not any(tensor.dim() for tensor in (result, *given)):
+                with _disable_current_modes():
+                    result.number = func(*tree_map_only(Tensor, _number, args), **kwargs)  # type: ignore[attr-defined]
+            return result
         if not any(fake) and _real(given, kwargs.get("device")):
             with _disable_current_modes():
                 return func(*args, **kwargs)
@@ -68,7 +73,8 @@ class Operations(TorchDispatchMode):
     def _of_fakes(self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor], key: Any) -> Any:
         """What an operation on fakes gives: as FakeTensorMode says, in a fifth of its time."""
         if func is _ATEN._local_scalar_dense.default:
-            return True if args[0].dtype == torch.bool else 1.0
+            with _disable_current_modes():
+                return _number(args[0]).item()
         if func is _ATEN.bincount.default:
             with _disable_current_modes():
                 return even_counts(args[0].numel(), args[2])
@@ -151,6 +157,12 @@ def even_counts(choices: int, bins: int) -> Tensor:
     experts = bins - 1
     first = torch.arange(experts) < choices % experts
     return torch.cat([choices // experts + first.long(), torch.zeros(1, dtype=torch.int64)])
+
+
+def _number(tensor: Tensor) -> Tensor:
+    """The value of a fake without dimensions: 1 where nobody knows it, and what follows from such values."""
+    known: Tensor | None = getattr(tensor, "number", None)
+    return torch.ones((), dtype=tensor.dtype) if known is None else known
 
 
 def _scan(values: Iterable[Any], given: list[Tensor], key: list[Any]) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import FakeTensor
 
 _C10D = torch.ops.c10d
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sent:
     """By one rank in one step."""
 
@@ -27,12 +29,19 @@ class Traffic:
 
     Args:
         names: what a group is called, by ``ProcessGroup.group_name``.
-        arrivals: rows that come to this rank's experts, as a multiple of those that it sends them itself.
+        imbalance: rows that arrive for this rank's experts, as a multiple of the even share.
     """
 
-    def __init__(self, names: Mapping[str, str], arrivals: float) -> None:
-        self._names, self._arrivals = names, arrivals
+    def __init__(self, names: Mapping[str, str], imbalance: float) -> None:
+        self._names, self._imbalance = names, imbalance
         self.sent: dict[tuple[str, str], Sent] = {}
+
+    def repeat(self, before: Mapping[tuple[str, str], Sent], times: Fraction) -> None:
+        """Count all that was sent since :attr:`sent` was ``before`` so often."""
+        for key, sent in self.sent.items():
+            old = before.get(key, Sent())
+            calls, size = (sent.calls - old.calls) * times, (sent.bytes - old.bytes) * times
+            self.sent[key] = Sent(old.calls + int(calls), old.bytes + int(size))
 
     def call(self, func: Any, args: tuple[Any, ...]) -> Any:
         """What torch's operation ``func`` returns; counted if it sends.
@@ -68,12 +77,14 @@ class Traffic:
         own = splits[rank] if splits else rows.shape[0] // size
         stays = rows.nbytes // rows.shape[0] * own if rows.shape[0] else 0
         self._count(boxed, "all-to-all", rows.nbytes - stays)
-        if not isinstance(output, torch._subclasses.FakeTensor):  # numbers of rows: the others are like this rank
-            counts = rows.chunk(size)[rank] * self._arrivals
-            output.copy_(counts.round().to(output.dtype).repeat(size, *[1] * (rows.dim() - 1)))
+        if not isinstance(output, FakeTensor):  # rows of each expert: what the others send is like what stays here
+            mine = rows.chunk(size)[rank]
+            theirs = mine * ((self._imbalance * size - 1) / (size - 1))
+            for number, part in enumerate(output.chunk(size)):
+                part.copy_(mine if number == rank else theirs.round())
 
     def _count(self, boxed: Any, kind: str, size: int) -> None:
         group = dist.ProcessGroup.unbox(boxed)
-        sent = self.sent.setdefault((self._names.get(group.group_name, group.group_name), kind), Sent())
-        sent.calls += 1
-        sent.bytes += size
+        key = self._names[group.group_name], kind
+        sent = self.sent.get(key, Sent())
+        self.sent[key] = Sent(sent.calls + 1, sent.bytes + size)
