@@ -90,6 +90,6 @@ def train_parser(prog: str = "moebius train") -> ConfigParser:
     dry.add_argument("--world-size", metavar="N", type=int, help="ranks of the whole job (1)")
     dry.add_argument("--rank", metavar="R", type=int, help="the rank to predict (0)")
     dry.add_argument("--imbalance", metavar="F", type=float, help="its experts get F times their share of tokens (1)")
-    dry.add_argument("--json", action="store_true", help="print JSON")
+    dry.add_argument("--json", action="store_true", default=None, help="print JSON")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by deepspeed
     return parser

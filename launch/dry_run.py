@@ -40,7 +40,9 @@ def _print(found: "Prediction", rank: int, world_size: int, imbalance: float, pr
     place = ", ".join(f"{axis} {number} of {size}" for axis, (number, size) in found.place.items())
     out.print(f"rank {rank} of {world_size:,} ({place}): {si(found.parameters)} parameters, {precision}")
     share = "an even share" if imbalance == 1 else f"{imbalance:g} times the even share"
-    out.print(f"a step of {found.micro_batches} micro-batches; {share} of the tokens for its experts; CPU operations\n")
+    out.print(
+        f"micro-batches of a step: {found.micro_batches}; {share} of the tokens for its experts; CPU operations\n"
+    )
     memory = table("memory at the peak of a step", "", numbers=1)
     for category, size in found.at_peak.items():
         memory.add_row(category, gib(size))
@@ -52,7 +54,9 @@ def _print(found: "Prediction", rank: int, world_size: int, imbalance: float, pr
     sent = table("sent in a step over", "operation", "calls", "", numbers=2)
     for (group, kind), counted in sorted(found.sent.items()):
         sent.add_row(group, kind, f"{counted.calls:,}", gib(counted.bytes))
-    out.print(sent)
+    out.print(sent if found.sent else "nothing is sent")
     stages, stage = found.place["pp"][1], world_size // found.place["pp"][1]
     if stages > 1:
-        out.print(f"\nRanks of a pipeline stage are alike; stage s begins with --rank {stage} times s (0 to {stages - 1}).")
+        out.print(
+            f"\nRanks of a pipeline stage are alike; stage s begins with --rank {stage} times s (0 to {stages - 1})."
+        )

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     """Train the model of ``--config`` to its last step."""
     parser = train_parser()
     args = parser.parse(argv)
-    given = {name: value for name in DRY_RUN if (value := getattr(args, name)) not in (None, False)}
+    given = {name: value for name in DRY_RUN if (value := getattr(args, name)) is not None}
     if args.dry_run:
         if args.resume or args.auto_resume or args.sample:
             parser.error("--dry-run trains nothing: it takes neither --resume, --auto-resume nor --sample")

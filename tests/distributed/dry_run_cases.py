@@ -1,9 +1,8 @@
-"""On every rank: the memory that a real build and two real steps take at most, beside what a dry run says of it.
+"""Bytes that a build and two steps take at most: on every rank of a layout, or what a dry run predicts for one.
 
-Arguments: a config and overrides. Reports measured and predicted bytes, which tests/distributed/test_dry_run.py judges.
+Arguments: ``measure``, or ``predict`` and "ranks,rank"; then a config and overrides. test_dry_run.py judges.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,10 +12,11 @@ import backends
 from parallel import topology
 from tests.distributed.checkpoint_cases import peak_growth
 from tests.distributed.ranks import report
-from trainer.build import build
 from tests.small import small_config
+from trainer.build import build
 from trainer.config.schema import Config
 from trainer.data import Batch
+from trainer.dry_run import predict
 from trainer.step import Step
 
 
@@ -44,10 +44,16 @@ def measured(config: Config) -> int:
 
 
 def main() -> None:
-    path, *overrides = sys.argv[1:]
     import deepspeed  # noqa: F401  (its modules are no part of a model's memory)
 
-    report(measured(small_config(Path(path), *overrides)))
+    if sys.argv[1] == "measure":
+        path, *overrides = sys.argv[2:]
+        report(measured(small_config(Path(path), *overrides)))
+    else:
+        place, path, *overrides = sys.argv[2:]
+        world, rank = map(int, place.split(","))
+        found = predict(small_config(Path(path), *overrides), path, world, rank)
+        report(max(found.building, found.peak))
 
 
 if __name__ == "__main__":
