@@ -18,7 +18,7 @@ from trainer import checkpoint
 LAYOUTS = [
     ("edp2-ep2", 4, "parallel.expert=2"),
     ("pp2-zbv", 2, "parallel.pipeline=2 parallel.schedule=zbv model.num_layers=4 train.micro_batch_size=1"),
-    ("ep2", 2, "parallel.expert=2"),
+    ("pp2-ep2", 4, "parallel.pipeline=2 parallel.expert=2"),
 ]
 MOMENTS = ("save", "step", "saved", "start", "save", "step", "save", "saved", "step")  # of the long matrix
 BOUND = 30.0  # seconds; gloo tells at once, and a busy machine takes its time
