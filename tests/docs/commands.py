@@ -100,7 +100,7 @@ NOT_HERE = {
     "script with stand-ins",
 }
 
-# Ranks that a launcher's words start; the documents' hosts file has two machines with eight slots each.
+# Ranks that a launcher's words start, or that a dry run pretends; the documents' hosts file has two machines with eight slots each.
 RANKS = {
     "deepspeed --num_accelerators 2": 2,
     "deepspeed --num_accelerators 4": 4,
@@ -109,6 +109,7 @@ RANKS = {
     "torchrun --nnodes 2": 16,
     "sbatch": 16,
     "bash docs/launching/ascend.sh 2": 16,
+    "moebius train --config configs/models/telechat3-105b.yaml --dry-run --world-size 4096": 4096,
 }
 
 # Files in backticks that a run makes or a user has, so that the checkout does not hold them.
