@@ -100,7 +100,8 @@ NOT_HERE = {
     "script with stand-ins",
 }
 
-# Ranks that a launcher's words start, or that a dry run pretends; the documents' hosts file has two machines with eight slots each.
+# Ranks that a launcher's words start, or that a dry run pretends; the documents' hosts file has two machines with eight
+# slots each.
 RANKS = {
     "deepspeed --num_accelerators 2": 2,
     "deepspeed --num_accelerators 4": 4,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import ceil
 
 import torch
 import torch.distributed as dist
@@ -87,7 +88,7 @@ def predict(config: Config, where: str, world_size: int, rank: int, imbalance: f
             building,
             memory.peak,
             memory.at_peak(),
-            int(pipeline.micro_batches * times),
+            ceil(pipeline.micro_batches * times),
             traffic.sent,
         )
 
@@ -130,17 +131,15 @@ def _names(topology: Topology) -> dict[str, str]:
 def _shorter(config: Config, world_size: int) -> tuple[Config, Fraction]:
     """The config with as many micro-batches as tell what all would, and how many times as many there are.
 
-    All send the same. Of memory, a pipeline holds its most when it is full, which a step of twice as many micro-batches
-    as ranks has been; only gpipe holds all. Without a pipeline the second one adds to the gradients of the first.
+    Without a pipeline two are enough: all do the same, but the first one's gradients overwrite. A pipeline needs all:
+    torch keeps a buffer for what each of them receives.
     """
     layout, train = config.parallel, config.train
-    unit = world_size // layout.pipeline * config.data.sequence_length * train.micro_batch_size
-    if layout.pipeline > 1 and layout.schedule == "gpipe":
+    if layout.pipeline > 1:
         return config, Fraction(1)
-    tokens = min(train.global_batch_tokens, 2 * layout.pipeline * unit)
-    return replace(config, train=replace(train, global_batch_tokens=tokens)), Fraction(
-        train.global_batch_tokens, tokens
-    )
+    tokens = min(train.global_batch_tokens, 2 * world_size * config.data.sequence_length * train.micro_batch_size)
+    short = replace(config, train=replace(train, global_batch_tokens=tokens))
+    return short, Fraction(train.global_batch_tokens, tokens)
 
 
 def _batch(config: Config, world_size: int) -> Batch:
