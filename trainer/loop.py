@@ -90,7 +90,7 @@ class Loop:
         clock.take()
         with clock.span("data"):
             batch = run.training.read(self.sequences, self.mine)
-        found = self.step.run(batch, run.step + 1, self.stop.wanted)
+        found = self.step.run(batch, run.step + 1, lambda: self.stop.wanted)
         self._refuse_nonsense(found.norm)
 
         run.step += 1

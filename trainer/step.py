@@ -6,6 +6,7 @@ Every loss is a sum divided by a count over the *global* batch, so ranks and mic
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,8 +58,11 @@ class Step:
             for part in parts
         ]
 
-    def run(self, batch: Batch, number: int, wants_stop: bool) -> Outcome:
-        """Step ``number`` (from 1), on this rank's share of the global batch."""
+    def run(self, batch: Batch, number: int, wants_stop: Callable[[], bool]) -> Outcome:
+        """Step ``number`` (from 1), on this rank's share of the global batch.
+
+        ``wants_stop`` is asked at the end, so that a signal during the step still counts.
+        """
         self.train(self.cut(batch))
         return self.update(number, wants_stop)
 
@@ -72,7 +76,7 @@ class Step:
         """Gradients of all of them."""
         self.pipeline.train(micro_batches, self.engine.end_micro_batch)
 
-    def update(self, number: int, wants_stop: bool) -> Outcome:
+    def update(self, number: int, wants_stop: Callable[[], bool]) -> Outcome:
         """What happens once a step."""
         config, clock = self.config, self.pipeline.clock
         with clock.span("reduce"):
@@ -86,7 +90,7 @@ class Step:
                 moe.router.balance(counts[name])
         return Outcome(losses, counts, norm, lr, stop)
 
-    def _gather(self, wants_stop: bool) -> tuple[dict[str, float], dict[str, Tensor], bool]:
+    def _gather(self, wants_stop: Callable[[], bool]) -> tuple[dict[str, float], dict[str, Tensor], bool]:
         """Losses and tokens per expert of the global batch, and whether any rank wants to stop: two reductions.
 
         A pipeline stage has some of the losses and layers: the others are zeros there, so that all ranks agree.
@@ -94,7 +98,7 @@ class Step:
         sums, counts = self.model.meters.take()
         names = self.config.model.loss_names()
         zero = torch.zeros((), device=self.device)
-        values = torch.stack([*(sums.get(name, zero) for name in names), zero + float(wants_stop)])
+        values = torch.stack([*(sums.get(name, zero) for name in names), zero + float(wants_stop())])
         *found, wants = sum_over(self.topology.world, values).tolist()
         losses = dict(zip(names, found, strict=True))
         weights = {"mtp_loss": self.config.model.mtp_loss}
