@@ -2,7 +2,9 @@
 
 import argparse
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from launch.errors import USER_ERROR, complain, written
@@ -19,13 +21,17 @@ class Parser(argparse.ArgumentParser):
         super().exit(written(status), message)
 
 
-class ConfigParser(Parser):
-    """Takes ``--config PATH`` and ``key=value`` overrides, anywhere; ``--help`` goes on with every key."""
+class KeysParser(Parser):
+    """Takes ``key=value`` overrides, anywhere; ``--help`` goes on with the keys.
 
-    def __init__(self, prog: str, description: str) -> None:
+    Args:
+        keys: gives those that it takes; None: every key.
+    """
+
+    def __init__(self, prog: str, description: str, keys: Callable[[], Collection[str]] | None = None) -> None:
         super().__init__(prog=prog, description=description)
-        self.add_argument("--config", metavar="PATH", required=True, help="the YAML file of the run")
-        self.add_argument("overrides", metavar="key=value", nargs="*", help="overrides a key of the file")
+        self._keys = keys
+        self.add_argument("overrides", metavar="key=value", nargs="*", help="overrides a key of the config")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The arguments; exits with one line, which has the right spelling where that can be guessed."""
@@ -43,7 +49,7 @@ class ConfigParser(Parser):
         if argument.startswith("-"):
             if f"--{name}" not in self._option_string_actions and _is_key(name):
                 self.error(f"'{argument}' is a key, not a flag; write {name}={value if equals else following}")
-        elif not equals and argument.endswith((".yaml", ".yml")):
+        elif not equals and argument.endswith((".yaml", ".yml")) and "--config" in self._option_string_actions:
             flag = self._option_string_actions.get(before)
             if flag is None or flag.nargs == 0:
                 self.error(f"'{argument}' stands alone; write --config {argument}")
@@ -52,7 +58,15 @@ class ConfigParser(Parser):
         from trainer.config.help import config_help  # only --help needs it
 
         width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120) - 2)
-        return f"{super().format_help()}\n{config_help(width)}\n"
+        return f"{super().format_help()}\n{config_help(width, self._keys() if self._keys else None)}\n"
+
+
+class ConfigParser(KeysParser):
+    """Takes ``--config PATH`` as well."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description)
+        self.add_argument("--config", metavar="PATH", required=True, help="the YAML file of the run")
 
 
 def _is_key(name: str) -> bool:
@@ -62,6 +76,27 @@ def _is_key(name: str) -> bool:
 
 
 DRY_RUN = ("world_size", "rank", "imbalance", "json")  # arguments that only a dry run takes
+
+
+def add_checkpoint(parser: Parser) -> None:
+    """``--run`` or ``--checkpoint``, ``--backend`` and ``--debug``: for commands that run a trained model."""
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--run", metavar="RUN_DIR", help="a run directory; its newest checkpoint is used")
+    place.add_argument("--checkpoint", metavar="DIR", help="one checkpoint directory")
+    parser.add_argument("--backend", choices=("auto", "cpu", "cuda", "ascend"), default="auto", help="where it runs")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks instead of one line")
+
+
+def checkpoint_place(args: argparse.Namespace) -> str:
+    """The folder that ``--run`` or ``--checkpoint`` names. Raises UserError, without torch, if there is none."""
+    from backends.errors import UserError
+
+    place = args.run or args.checkpoint
+    if not Path(place).is_dir():
+        raise UserError(f"{place}: there is no such folder; give a run directory, or a folder inside its checkpoints/")
+    if sys.stderr.isatty():
+        print(f"loading {place} ...", file=sys.stderr, flush=True)
+    return place
 
 
 def train_parser(prog: str = "moebius train") -> ConfigParser:

@@ -15,7 +15,7 @@ DAMAGED = 1
 def main(argv: list[str]) -> int:
     """List the checkpoints of a run; with ``--verify``, read every file of them."""
     parser = Parser(prog="moebius checkpoints", description="List the checkpoints of a run directory.")
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run, or the folder of one checkpoint")
     parser.add_argument("--verify", action="store_true", help="read every file and name the damaged ones")
     args = parser.parse_args(argv)
     return run(lambda: _checkpoints(args), debug=False)
@@ -23,19 +23,27 @@ def main(argv: list[str]) -> int:
 
 def _checkpoints(args: argparse.Namespace) -> int:
     from backends.errors import UserError
-    from launch.show import console, table
-    from trainer.checkpoint import folder, manifest
+    from trainer.checkpoint import folder
 
     run_dir = Path(args.run_dir)
+    if (run_dir / folder.STATE).is_file():
+        return _show([run_dir], [], [], args.verify)
     found, left, aside = folder.complete(run_dir), folder.unfinished(run_dir), folder.superseded(run_dir)
     if not found + left + aside:
         raise UserError(f"{run_dir}: holds no checkpoint; give a run directory")
+    return _show(found, left, aside, args.verify)
+
+
+def _show(found: list[Path], left: list[Path], aside: list[Path], verify: bool) -> int:
+    from launch.show import console, table
+    from trainer.checkpoint import manifest
+
     shown = table("step", "written", "size", "model", "layout", "state")
     damaged = {}
     for path in found:
-        problems = manifest.damages(path, contents=args.verify)
+        problems = manifest.damages(path, contents=verify)
         damaged.update({path / name: problem for name, problem in problems.items()})
-        shown.add_row(*_facts(path), "damaged" if problems else "verified" if args.verify else "complete")
+        shown.add_row(*_facts(path), "damaged" if problems else "verified" if verify else "complete")
     for path in left:
         shown.add_row(*_facts(path), "not complete")
     for path in aside:
@@ -52,12 +60,16 @@ def _facts(checkpoint: Path) -> tuple[str, str, str, str, str]:
     from trainer.checkpoint.folder import STATE
     from trainer.metrics.units import si
 
-    step = str(int("".join(filter(str.isdigit, checkpoint.name))))
-    size = si(sum(path.stat().st_size for path in checkpoint.iterdir()), "B")
+    digits = "".join(filter(str.isdigit, checkpoint.name))
+    step = str(int(digits)) if "step-" in checkpoint.name and digits else ""
+    size = si(sum(path.stat().st_size for path in checkpoint.rglob("*")), "B")
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
         written = datetime.fromtimestamp(state["saved"]).strftime("%Y-%m-%d %H:%M:%S")
+        step = str(state["step"])
         model = f"{state['name']}, {si(state['parameters'])} parameters"
+        if "imported" in state:
+            return step, written, size, model, f"from {state['imported']}"
         axes = " × ".join(f"{axis} {length}" for axis, length in state["layout"].items() if length > 1)
         return step, written, size, model, axes or "1 process"
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

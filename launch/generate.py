@@ -1,20 +1,16 @@
 """`moebius generate`: text from a trained model."""
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from launch.arguments import Parser
+from launch.arguments import Parser, add_checkpoint, checkpoint_place
 from launch.errors import run
 
 
 def main(argv: list[str]) -> int:
     """Continue prompts with the model of a run or of one checkpoint."""
     parser = Parser(prog="moebius generate", description="Continue prompts with a trained model.")
-    place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--run", metavar="RUN_DIR", help="a run directory; its newest checkpoint is used")
-    place.add_argument("--checkpoint", metavar="DIR", help="one checkpoint directory")
+    add_checkpoint(parser)
     parser.add_argument(
         "--prompt", metavar="TEXT", action="append", help="text to continue; may be repeated (default: a new document)"
     )
@@ -26,20 +22,12 @@ def main(argv: list[str]) -> int:
         "--top-p", metavar="P", type=_share, default=0.95, help="probability kept for sampling (default: 0.95)"
     )
     parser.add_argument("--seed", metavar="S", type=_whole, default=0, help="seed of the sampling (default: 0)")
-    parser.add_argument("--backend", choices=("auto", "cpu", "cuda", "ascend"), default="auto", help="where it runs")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks instead of one line")
     args = parser.parse_args(argv)
     return run(lambda: _generate(args), args.debug)
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from backends.errors import UserError
-
-    place = args.run or args.checkpoint
-    if not Path(place).is_dir():
-        raise UserError(f"{place}: there is no such folder; give a run directory, or a folder inside its checkpoints/")
-    if sys.stderr.isatty():
-        print(f"loading {place} ...", file=sys.stderr, flush=True)
+    place = checkpoint_place(args)
 
     from backends import select
     from trainer.checkpoint import load_for_inference

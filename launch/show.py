@@ -1,5 +1,6 @@
-"""Tables for people: in colour and fitted to the terminal, plain and unwrapped in a file or pipe."""
+"""What people see: tables, in colour and fitted to the terminal, plain in a file or pipe; and what takes a while."""
 
+import logging
 import sys
 
 from rich.console import Console
@@ -17,3 +18,10 @@ def table(*columns: str, numbers: int = 0) -> Table:
     for index, name in enumerate(columns):
         made.add_column(name, justify="right" if index >= len(columns) - numbers else "left", overflow="fold")
     return made
+
+
+def announce_preparations() -> None:
+    """Say on standard error what takes a while at the first start; of several processes the one that does it."""
+    logger = logging.getLogger("trainer.data")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [logging.StreamHandler()]

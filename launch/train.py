@@ -1,6 +1,5 @@
 """Training: what `moebius train`, the deepspeed launcher and torchrun start."""
 
-import logging
 import os
 import shlex
 import shutil
@@ -37,19 +36,22 @@ def main(argv: list[str]) -> int:
 
 def _train(path: str, overrides: list[str], resume: bool | str, auto_resume: bool, sample: bool) -> int:
     from trainer.config.load import load_with_origins
+    from trainer.place import find_place, run_dir_of
 
     with _company():
         config, origins = load_with_origins(path, overrides)
-
-        _announce_preparations()
+        with origins.named():
+            find_place(config, resume or auto_resume, auto_resume)  # a mistake here need not wait for torch
 
         from launch.banner import banner
+        from launch.show import announce_preparations
         from parallel.topology import stop
         from trainer.data import beginnings
         from trainer.loop import Loop
         from trainer.restart import explain_lost_peer
-        from trainer.setup import prepare, run_dir_of
+        from trainer.setup import prepare
 
+        announce_preparations()
         prepared = None
         with origins.named():
             try:
@@ -77,13 +79,6 @@ def _company() -> AbstractContextManager[None]:
     from parallel.agreement import together
 
     return together()
-
-
-def _announce_preparations() -> None:
-    """Say on standard error what takes a while at the first start; of several processes the one that does it."""
-    logger = logging.getLogger("trainer.data")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [logging.StreamHandler()]
 
 
 def _sample(run: "Run", prompts: list[str]) -> None:

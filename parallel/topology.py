@@ -7,6 +7,8 @@ all-to-all stays inside a node where it can.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -125,6 +127,17 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _laid.clear()
+
+
+@contextmanager
+def joined(backend: Backend, config: ParallelConfig) -> Iterator[Topology]:
+    """:func:`start`, and in the end :func:`stop`, unless this process was in a group before."""
+    before = dist.is_initialized()
+    try:
+        yield start(backend, config)
+    finally:
+        if not before:
+            stop()
 
 
 def said_by_main(value: T) -> T:

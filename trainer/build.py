@@ -8,7 +8,7 @@ from parallel.dispatch import Exchange, shard_experts
 from parallel.engine import Engine
 from parallel.pipeline.pipeline import Pipeline, held_by
 from parallel.pipeline.shared import SharedWeight
-from parallel.pipeline.split import balanced
+from parallel.pipeline.split import Part, balanced
 from parallel.topology import Axis, Topology
 from trainer.config.schema import Config
 from trainer.model import MoETransformer, materialize
@@ -35,35 +35,45 @@ def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETran
 
 def build_model(config: Config, topology: Topology, backend: Backend) -> tuple[MoETransformer, Pipeline]:
     """The same without an engine."""
-    train, layout, pp = config.train, config.parallel, topology.pp
-    counts = layers_per_stage(config)
-    held = held_by(pp.rank, pp.size, counts, layout.schedule)
-    dtype = weights_dtype(train.precision)
+    train = config.train
     model = MoETransformer(
         config.model,
         backend.ops,
-        dtype=dtype,
+        dtype=weights_dtype(train.precision),
         recompute=train.activation_checkpointing == "layer",
-        parts=[part for _, part in held],
+        parts=[part for _, part in _held(config, topology.pp)],
     )
     clock = Clock(backend.device)
     exchange = Exchange(topology.ep, topology.ep_backward, clock)
     shard_experts([moe for _, moe in model.moe_layers()], exchange, backend.ops)
     materialize(model, config.seed, backend.device)
+    return model, pipeline_around(model, config, topology, backend, clock)
+
+
+def pipeline_around(
+    model: MoETransformer, config: Config, topology: Topology, backend: Backend, clock: Clock
+) -> Pipeline:
+    """This rank's end of the pipeline, for a model that holds its parts."""
+    train, layout = config.train, config.parallel
+    dtype = weights_dtype(train.precision)
     hidden_dtype = torch.promote_types(dtype, torch.float32) if config.model.residual_fp32 else dtype
     sequences = train.global_batch_tokens // config.data.sequence_length
     shape = (train.micro_batch_size, config.data.sequence_length, config.model.hidden_size)
-    pipeline = Pipeline(
+    return Pipeline(
         model,
-        held,
-        len(counts),
-        pp,
+        _held(config, topology.pp),
+        len(layers_per_stage(config)),
+        topology.pp,
         layout.schedule,
         sequences // topology.dp.size // train.micro_batch_size,
         torch.empty(shape, dtype=hidden_dtype, device=backend.device),
         clock,
     )
-    return model, pipeline
+
+
+def _held(config: Config, pp: Axis) -> list[tuple[int, Part]]:
+    """Number and part of every stage of this rank."""
+    return held_by(pp.rank, pp.size, layers_per_stage(config), config.parallel.schedule)
 
 
 def layers_per_stage(config: Config) -> list[int]:

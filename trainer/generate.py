@@ -1,10 +1,19 @@
 """Text from a trained model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from trainer.model import Cache
+
+
+class Model(Protocol):
+    """What sampling needs of a model."""
+
+    def __call__(self, tokens_BS: Tensor, *, cache: Cache) -> Tensor:
+        """Logits (B, S, V) of tokens that follow those in the cache, which has these as well then."""
 
 
 class Tokenizer(Protocol):
@@ -19,7 +28,7 @@ class Tokenizer(Protocol):
 
 
 def sample(
-    model: Callable[[Tensor, Tensor], Tensor],
+    model: Model,
     tokenizer: Tokenizer,
     prompts: list[str],
     max_new_tokens: int,
@@ -31,26 +40,31 @@ def sample(
 ) -> list[str]:
     """Continue each prompt until the end of the document or ``max_new_tokens``.
 
-    The whole text, or its last ``sequence_length`` tokens, is run again for each new token: there is no key/value
-    cache. What a prompt becomes depends on the seed and its place in the list, not on the other prompts.
+    Each prompt runs by itself, with a cache of its own: what it becomes depends on the seed and its place in the
+    list and, bit for bit, not on the other prompts.
 
     Args:
-        model: logits (B, S, V) of tokens (B, S) at positions (B, S).
         prompts: an empty one starts a document.
+        sequence_length: tokens that the model sees at most. Behind a longer text the last so many are run again for
+            each token, because with every token all of their positions change: that is as slow as without a cache.
         temperature: 0 takes the likeliest token; 1 samples from the model's own distribution.
         top_p: sample from the likeliest tokens that together have this probability, in (0, 1].
 
     Returns:
         Each prompt with its continuation.
     """
-    rows = [tokenizer.encode(prompt) or [tokenizer.end_of_document] for prompt in prompts]
-    for _ in _extended(model, tokenizer, rows, max_new_tokens, sequence_length, temperature, top_p, seed, device):
-        pass
-    return [_text(tokenizer, row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+    texts = []
+    for index, prompt in enumerate(prompts):
+        row = _begin(tokenizer, prompt)
+        sampling = max_new_tokens, sequence_length, temperature, top_p, seed + index, device
+        for _ in _extend(model, tokenizer, row, *sampling):
+            pass
+        texts.append(_text(tokenizer, row, prompt))
+    return texts
 
 
 def stream(
-    model: Callable[[Tensor, Tensor], Tensor],
+    model: Model,
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
@@ -64,22 +78,22 @@ def stream(
 
     A character whose bytes are spread over several tokens comes with the last of them.
     """
-    rows = [tokenizer.encode(prompt) or [tokenizer.end_of_document]]
-    shown = _text(tokenizer, rows[0], prompt)
+    row = _begin(tokenizer, prompt)
+    shown = _text(tokenizer, row, prompt)
     yield shown
-    for _ in _extended(model, tokenizer, rows, max_new_tokens, sequence_length, temperature, top_p, seed, device):
-        text = _text(tokenizer, rows[0], prompt).rstrip("\ufffd")
+    for _ in _extend(model, tokenizer, row, max_new_tokens, sequence_length, temperature, top_p, seed, device):
+        text = _text(tokenizer, row, prompt).rstrip("\ufffd")
         if len(text) > len(shown):
             yield text[len(shown) :]
             shown = text
-    yield _text(tokenizer, rows[0], prompt)[len(shown) :]
+    yield _text(tokenizer, row, prompt)[len(shown) :]
 
 
 @torch.inference_mode()
-def _extended(
-    model: Callable[[Tensor, Tensor], Tensor],
+def _extend(
+    model: Model,
     tokenizer: Tokenizer,
-    rows: list[list[int]],
+    row: list[int],
     max_new_tokens: int,
     sequence_length: int,
     temperature: float,
@@ -87,36 +101,29 @@ def _extended(
     seed: int,
     device: torch.device | str,
 ) -> Iterator[None]:
-    """Extend each of the rows, in place, by a token a time; comes back after each round."""
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(rows))]
-    running = set(range(len(rows)))
+    """Extend the row, in place, by a token at a time; comes back after each."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = Cache(sequence_length)
     for _ in range(max_new_tokens):
-        for group in _same_length(rows, running, sequence_length):
-            tokens_BS = torch.tensor([rows[index][-sequence_length:] for index in group], device=device)
-            positions_BS = torch.arange(tokens_BS.shape[1], device=device).expand_as(tokens_BS)
-            # Sampled on the CPU, so that a seed means the same on every device.
-            logits_BV = model(tokens_BS, positions_BS)[:, -1].float().cpu()
-            for index, logits_V in zip(group, logits_BV, strict=True):
-                logits_V = logits_V[: tokenizer.vocab_size]  # a model may have more rows than there are tokens
-                token = _choose(logits_V, temperature, top_p, generators[index])
-                if token == tokenizer.end_of_document:
-                    running.discard(index)
-                else:
-                    rows[index].append(token)
+        if len(row) > sequence_length:
+            cache.clear()
+        new = row[-sequence_length:][cache.seen :]
+        logits_V = model(torch.tensor([new], device=device), cache=cache)[0, -1, : tokenizer.vocab_size]
+        # A model may have more rows than there are tokens. Sampled on the CPU: a seed means the same on every device.
+        token = _choose(logits_V.float().cpu(), temperature, top_p, generator)
+        if token == tokenizer.end_of_document:
+            return
+        row.append(token)
         yield
+
+
+def _begin(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    return tokenizer.encode(prompt) or [tokenizer.end_of_document]
 
 
 def _text(tokenizer: Tokenizer, row: list[int], prompt: str) -> str:
     """The token that an empty prompt stands for is no text."""
     return tokenizer.decode(row if prompt else row[1:])
-
-
-def _same_length(rows: list[list[int]], running: set[int], sequence_length: int) -> list[list[int]]:
-    """Rows that can run together without padding, which an expert with limited capacity would see."""
-    groups: dict[int, list[int]] = {}
-    for index in sorted(running):
-        groups.setdefault(min(len(rows[index]), sequence_length), []).append(index)
-    return list(groups.values())
 
 
 def _choose(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -6,21 +6,17 @@ updates (trainer/step.py).
 
 import math
 
-import torch
-
 from backends.errors import UserError
-from backends.operations import IGNORED
 from parallel.pipeline import trace
 from parallel.pipeline.timeline import Span, covered
-from parallel.topology import sum_over
 from trainer import checkpoint
 from trainer.config.load import dump_config
-from trainer.data import Batch, bigram_loss
+from trainer.data import bigram_loss
+from trainer.evaluation import evaluate
 from trainer.interrupt import StopRequest
 from trainer.metrics.expert_load import expert_load
 from trainer.metrics.meter import Meter
 from trainer.metrics.recorder import Recorder
-from trainer.model import Share
 from trainer.model.count import flops_per_token
 from trainer.setup import Run
 from trainer.step import Step
@@ -135,30 +131,8 @@ class Loop:
 
     def evaluate(self) -> float:
         """Mean loss per token on the held-out sequences (``train.eval_sequences`` of them), over all ranks."""
-        run, dp = self.run, self.run.topology.dp
-        mine = run.pipeline.round * self.config.train.micro_batch_size  # sequences of this rank in one round
-        run.model.eval()
-        run.validation.restart()
-        total = torch.zeros(2, dtype=torch.float64)
-        left = self.config.train.eval_sequences or math.inf
-        while left > 0:
-            count = int(min(dp.size * mine, left))
-            first = min(dp.rank * mine, count)
-            batch = run.validation.read(count, range(first, min(first + mine, count)))
-            # Every rank must run as often as the others, whose experts it holds: pad with sequences that count nothing.
-            here = _padded(batch, mine, self.config.data.sequence_length)
-            run.pipeline.evaluate(self.step.micro_batches(here, Share(1.0, 1.0)))
-            sums, _ = run.model.meters.take()
-            loss = sums["lm_loss"].double().cpu() if "lm_loss" in sums else torch.zeros((), dtype=torch.float64)
-            counted = (here.labels_BS != IGNORED).sum() * (run.topology.pp.rank == 0)  # every stage sees the labels
-            row = torch.stack([loss, counted.double()])
-            row = sum_over(run.topology.world, row.to(run.backend.device)).cpu()
-            if row[1] == 0:
-                break  # the held-out sequences are exhausted
-            total += row
-            left -= count
-        run.model.train()
-        return float(total[0] / total[1])
+        run = self.run
+        return evaluate(run.model, run.pipeline, run.topology, run.backend, run.validation, self.config).loss
 
     def _bigram(self) -> float:
         """Validation loss of a smoothed bigram model fitted on the tokens that this run trained on."""
@@ -175,17 +149,3 @@ class Loop:
         state = {"tokens": run.tokens, "data": run.training.state_dict()}
         self.saver.save(run.step, state)
         self.saved_at = run.step
-
-
-def _padded(batch: Batch, sequences: int, length: int) -> Batch:
-    """The batch with rows that predict nothing added up to ``sequences``."""
-    missing = sequences - len(batch)
-    if not missing:
-        return batch
-    zeros = torch.zeros(missing, length, dtype=torch.int64)
-    return Batch(
-        torch.cat([batch.tokens_BS, zeros]),
-        torch.cat([batch.labels_BS, zeros + IGNORED]),
-        torch.cat([batch.positions_BS, torch.arange(length).expand(missing, length)]),
-        torch.cat([batch.documents_BS, zeros]),
-    )

@@ -1,6 +1,5 @@
 """From a config to everything that a run needs, in the order that leaves nothing behind when something is wrong."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from trainer.data import SequenceReader, Tokenizer, check_vocabulary, load_token
 from trainer.facts import common_facts
 from trainer.metrics.charts import check_installed
 from trainer.model import MoETransformer
+from trainer.place import find_place, initial_checkpoint, way_on
 from trainer.precision import weights_dtype
 from trainer.restart import forget
 
@@ -58,13 +58,8 @@ def prepare(config: Config, where: str, resume: bool | str, may_start: bool = Fa
         UserError: anything that the config, the files or the machine cannot do. Nothing was written then, caches of
             tokenizer and documents excepted.
     """
-    run_dir = run_dir_of(config)
-    _check_place(run_dir)
-    start_from = (
-        _named(run_dir, Path(resume))
-        if isinstance(resume, str)
-        else checkpoint.starting_point(run_dir, resume, may_start)
-    )
+    run_dir, start_from = find_place(config, resume, may_start)
+    initial = None if start_from else initial_checkpoint(config, where)
     validate_layout(config, topologies.world_size_from_environment(), where)
     check_installed(config.metrics, where)
     backend = backends.select(config.backend)
@@ -83,6 +78,7 @@ def prepare(config: Config, where: str, resume: bool | str, may_start: bool = Fa
     topology = topologies.start(backend, config.parallel)
     if topology.is_main:
         forget(run_dir)
+    initial = topologies.said_by_main(initial)
     start_from = topologies.said_by_main(start_from)  # another rank may have looked too early for the newest one
     model, engine, pipeline = build(config, topology, backend)
     run = Run(config, where, run_dir, backend, topology, tokenizer, training, validation, model, engine, pipeline)
@@ -90,41 +86,9 @@ def prepare(config: Config, where: str, resume: bool | str, may_start: bool = Fa
         try:
             state = checkpoint.load(start_from, model, engine, config, where)
         except UserError as error:
-            raise UserError(f"{error}{_way_on(start_from, str(error))}") from error
+            raise UserError(f"{error}{way_on(start_from, str(error))}") from error
         run.step, run.tokens = state["step"], state["tokens"]
         training.load_state_dict(state["data"])
+    elif initial is not None:
+        checkpoint.load_initial(initial, model, engine, config, where)
     return run
-
-
-def run_dir_of(config: Config) -> Path:
-    """Where the run lives."""
-    return Path(config.run_dir or f"runs/{config.name}")
-
-
-def _named(run_dir: Path, path: Path) -> Path:
-    """The checkpoint that a person names to resume from; only one of the same run will do."""
-    there = {found.resolve(): found for found in (run_dir / "checkpoints").glob("step-*")}
-    if path.resolve() in there:
-        return there[path.resolve()]
-    listed = ", ".join(sorted(found.name for found in there.values()))
-    remedy = f"give one of those in {run_dir}/checkpoints ({listed})" if there else "start without --resume"
-    raise UserError(f"--resume: {path} is no checkpoint of {run_dir}; {remedy}")
-
-
-def _way_on(damaged: Path, problem: str) -> str:
-    """What to do instead, where a checkpoint is at fault and not the config."""
-    if not problem.startswith(str(damaged)):
-        return ""
-    before = [path for path in damaged.parent.glob("step-*") if checkpoint.step_of(path) < checkpoint.step_of(damaged)]
-    if not before:
-        return "; there is none before it here: start anew with another name=..."
-    return f"; or go on from that one: --resume {max(before, key=checkpoint.step_of)}"
-
-
-def _check_place(run_dir: Path) -> None:
-    """Raise a :class:`UserError` if the run could not be written, before anything is."""
-    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"run_dir: {run_dir}: {there} is a file; choose another run_dir=...")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"run_dir: {run_dir}: {there} may not be written to; choose another run_dir=...")

@@ -19,6 +19,7 @@ from parallel.pipeline.pipeline import Pipeline
 from parallel.topology import Topology, sum_over
 from trainer.config.schema import Config
 from trainer.data import Batch
+from trainer.evaluation import micro_batches
 from trainer.model import MicroBatch, MoETransformer, Share
 from trainer.optimizer import learning_rate
 
@@ -49,15 +50,6 @@ class Step:
         """Of the global batch."""
         return self.config.train.global_batch_tokens // self.config.data.sequence_length
 
-    def micro_batches(self, batch: Batch, share: Share) -> list[MicroBatch]:
-        """This rank's batch, on the device, in pieces that run at a time."""
-        parts = batch.to(self.device).split(self.config.train.micro_batch_size)
-        reset = self.config.data.reset_at_documents
-        return [
-            MicroBatch(part.tokens_BS, part.positions_BS, part.documents_BS if reset else None, part.labels_BS, share)
-            for part in parts
-        ]
-
     def run(self, batch: Batch, number: int, wants_stop: Callable[[], bool]) -> Outcome:
         """Step ``number`` (from 1), on this rank's share of the global batch.
 
@@ -70,7 +62,8 @@ class Step:
         """Micro-batches that know how many labels the global batch has."""
         with self.pipeline.clock.span("data"):
             tokens = sum_over(self.topology.dp, (batch.labels_BS != IGNORED).sum().to(self.device))
-            return self.micro_batches(batch, Share(tokens=float(tokens), sequences=float(self.sequences)))
+            share = Share(tokens=float(tokens), sequences=float(self.sequences))
+            return micro_batches(batch, share, self.config, self.device)
 
     def train(self, micro_batches: list[MicroBatch]) -> None:
         """Gradients of all of them."""

@@ -13,6 +13,10 @@ TINY = tuple(
 )
 
 
+# The same for a model that is given.
+SHORT = tuple(word for word in TINY if word.startswith(("data.sequence", "train.", "metrics.")))
+
+
 @dataclass(frozen=True)
 class Inside:
     """Runs as it stands, in this process: any `moebius` command that trains nothing."""
@@ -29,15 +33,20 @@ class Started:
     overrides: tuple[str, ...]
     needs: str = ""
     shows: str = "Try next:"
+    trains: bool = True  # else nothing at all is added
 
 
 TRAIN = "moebius train --config configs/tiny.yaml --sample"
+EXPORT = "moebius export --from runs/tiny --to tiny-published"
+IMPORT = "moebius import --from tiny-published --to tiny-weights"
 _TWO = "launch/train.py --config configs/tiny.yaml parallel.expert=2 name=tiny-two"
 _BIG = "launch/train.py --config configs/tiny.yaml parallel.expert=8 train.global_batch_tokens=65536 name=big"
 
 INSIDE = {
     "moebius train --help": Inside(shows="model.moe.top_k"),
     "moebius generate --run runs/tiny --prompt 'class '": Inside(shows="class ", needs=TRAIN),
+    "moebius eval --run runs/tiny": Inside(shows="bits per byte", needs=TRAIN),
+    "moebius eval --run runs/tiny data.source=text 'data.paths=[~/texts]'": Inside(shows="perplexity", needs=TRAIN),
     "moebius plot runs/tiny --out loss.png": Inside(shows="loss.png", needs=TRAIN),
     "moebius params --config configs/tiny.yaml": Inside(shows="11.7M"),
     "moebius params --config configs/tiny.yaml model.moe.num_experts=64 model.moe.top_k=4": Inside(shows="all"),
@@ -59,6 +68,11 @@ STARTED = {
         (*TINY, "train.steps=3"), needs=TRAIN, shows="resuming after step 2"
     ),
     "moebius train --config configs/mine.yaml --sample": Started(TINY),
+    EXPORT: Started((), needs=TRAIN, shows="config.json and tokenizer", trains=False),
+    IMPORT: Started((), needs=EXPORT, shows="of a deepseek_v3 model", trains=False),
+    "moebius train --config tiny-weights/config.yaml data.source=text 'data.paths=[~/texts]'": Started(
+        SHORT, needs=IMPORT
+    ),
     "moebius train --config configs/models/tiny/gpt-oss.yaml": Started(
         ("data.source=text", "data.paths=[~/texts]", "train.steps=2", "metrics.tensorboard=false")
     ),
@@ -126,6 +140,9 @@ NOT_IN_THE_CHECKOUT = {
     "checkpoints/",
     "pipeline/",
     "tokenizer.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
     "manifest.json",
     "runs/tiny/checkpoints/step-000250",
     "~/texts",

@@ -48,7 +48,8 @@ class Sandbox:
                 words[1:1] = [PORT_FLAG[words[0]], str(free_port())]
             folder = Path(sys.executable).parent
             path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-            words = [*words, *how.overrides, f"data.cache_dir={self.folder}/cache"]
+            if how.trains:
+                words = [*words, *how.overrides, f"data.cache_dir={self.folder}/cache"]
             code, output = run_alone(words, self.folder, environment(PATH=path, HOME=str(self.folder / "home")))
             assert code == 0, f"{command}\n{output[-6000:]}"
             self.outputs[command] = output
@@ -111,6 +112,8 @@ def test_a_command_that_trains(sandbox, command):
 def test_a_layout_fits_its_config_without_what_the_tests_add(sandbox, inside, command):
     ranks = next((ranks for words, ranks in RANKS.items() if command.startswith(words)), 1)
     path, *rest = shlex.split(command.partition(" --config ")[2])
+    if not Path(path).exists():
+        sandbox.start(STARTED[command].needs)
     config = load_config(path, [word for word in rest if "=" in word and not word.startswith("--")])
     validate_layout(config, ranks, path)
 
@@ -147,6 +150,7 @@ def test_ci_runs_what_is_left_to_it():
         assert re.search(rf" {command}$", script, re.MULTILINE), command
     for documented in (
         "moebius generate --run runs/tiny",
+        "moebius eval --run runs/tiny",
         "moebius plot",
         "moebius params",
         "moebius info",

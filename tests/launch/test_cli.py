@@ -22,7 +22,7 @@ def moebius(capfd, *arguments: str) -> tuple[int, str, str]:
 
 def test_help_lists_every_command(capfd):
     code, out, _ = moebius(capfd, "--help")
-    assert code == 0 and all(f"\n  {name} " in out for name in ("train", "generate", "info", "params", "plot"))
+    assert code == 0 and all(f"\n  {name} " in out for name in ("train", "generate", "eval", "info", "params", "plot"))
 
 
 def test_a_bare_command_shows_the_help(capfd):
@@ -50,7 +50,14 @@ def test_version(capfd):
 
 
 def test_help_and_mistyped_commands_import_nothing_heavy():
-    quick = [["--help"], ["trian"], ["generate", "--help"], ["train", "--help"], ["train", "--train.steps=5"]]
+    quick = [
+        ["--help"],
+        ["trian"],
+        ["generate", "--help"],
+        ["eval", "--help"],
+        ["train", "--help"],
+        ["train", "--train.steps=5"],
+    ]
     assert imported(quick) == []
 
 
@@ -59,6 +66,7 @@ def test_a_mistake_in_a_config_is_found_without_torch(config):
     mistakes = ["model.topk=1", "train.steps=many", "model.moe.top_k=99", "optimizer.lr=.inf"]
     slow = [["train", "--config", config, mistake] for mistake in mistakes]
     slow += [["train", "--config", f"{config}.none"], ["generate", "--run", f"{config}.none"]]
+    slow += [["eval", "--run", f"{config}.none", "data.paths=[x]"], ["eval", "--run", ".", "data.pahts=[x]"]]
     assert imported(slow) == ["omegaconf"]
 
 
@@ -211,6 +219,23 @@ def test_generate_without_a_run(capfd, tmp_path):
     )
     code, _, err = moebius(capfd, "generate", "--run", str(tmp_path))
     assert code == 2 and err.startswith(f"moebius: {tmp_path}: holds no checkpoint") and err.count("\n") == 1
+
+
+def test_eval_shows_the_keys_that_it_takes_and_no_others(capfd):
+    code, out, _ = moebius(capfd, "eval", "--help")
+    assert code == 0 and "\n  data.paths\n" in out and "\n  train.eval_sequences\n" in out
+    assert "model." not in out and "data.shuffle" not in out and "optimizer" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "one of the arguments --run --checkpoint is required"),
+        (["--run", "x", "--data.paths=[y]"], "'--data.paths=[y]' is a key, not a flag; write data.paths=[y]"),
+    ],
+)
+def test_eval_refuses_wrong_arguments(capfd, arguments, problem):
+    assert moebius(capfd, "eval", *arguments) == (2, "", f"moebius: {problem}; see `moebius eval --help`\n")
 
 
 def test_plot_of_no_run(capfd, tmp_path):

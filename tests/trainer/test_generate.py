@@ -1,9 +1,11 @@
-"""Sampling with a model whose next token is known."""
+"""Sampling: with a model whose next token is known, and with real ones beside themselves without a cache."""
 
 import pytest
 import torch
 
+from tests.trainer.model.models_for_tests import build, config, gqa, mla
 from trainer.generate import sample, stream
+from trainer.model import Cache, MoETransformer
 
 
 class Letters:
@@ -25,9 +27,10 @@ class Alphabet:
     def __init__(self, second: float = -100.0) -> None:
         self.second, self.shapes, self.first_tokens = second, [], []
 
-    def __call__(self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor) -> torch.Tensor:
-        assert positions_BS.tolist() == [list(range(tokens_BS.shape[1]))] * tokens_BS.shape[0]
+    def __call__(self, tokens_BS: torch.Tensor, *, cache: Cache) -> torch.Tensor:
         self.shapes.append(tuple(tokens_BS.shape))
+        cache.advance(tokens_BS.shape[1])
+        assert cache.seen <= cache.length
         self.first_tokens += tokens_BS[:, 0].tolist()
         logits_BSV = torch.full((*tokens_BS.shape, 32), -100.0)
         logits_BSV.scatter_(-1, ((tokens_BS + 2) % 27).unsqueeze(-1), self.second)
@@ -69,10 +72,17 @@ def test_the_model_sees_at_most_the_last_sequence_length_tokens():
     assert model.shapes == [(1, 4)] * 3 and model.first_tokens == [4, 5, 6]
 
 
-def test_prompts_of_one_length_run_together_and_none_is_padded():
+def test_each_token_runs_once_and_no_prompt_is_padded():
     model = Alphabet()
-    run(model, ["ab", "c", "de"], new_tokens=1, temperature=0)
-    assert sorted(model.shapes) == [(1, 1), (2, 2)]
+    run(model, ["abc", "d"], new_tokens=3, temperature=0)
+    assert model.shapes == [(1, 3), (1, 1), (1, 1), (1, 1), (1, 1), (1, 1)]
+    assert model.first_tokens == [0, 3, 4, 3, 4, 5]
+
+
+def test_the_last_token_that_fits_still_runs_alone():
+    model = Alphabet()
+    run(model, ["ab"], new_tokens=4, length=4, temperature=0)
+    assert model.shapes == [(1, 2), (1, 1), (1, 1), (1, 4)]
 
 
 def test_seed_decides_and_neighbours_do_not():
@@ -127,3 +137,57 @@ class Bytes(Letters):
 def test_half_a_character_waits_for_the_other_half():
     pieces = list(stream(Alphabet(), Bytes(), "ab", 5, 100, temperature=0))
     assert [piece for piece in pieces if piece] == ["é", "é", "é", "\ufffd"]
+
+
+class Endless(Letters):
+    """No token ends the document."""
+
+    end_of_document = -1
+    vocab_size = 26
+
+
+REAL = {
+    "gqa": config(attention=gqa(sinks=True, window=4, full_every=2)),
+    "mla": config(attention=mla()),
+}
+
+
+def greedily(model: MoETransformer, prompt: str, new_tokens: int, length: int) -> str:
+    """What the likeliest tokens make of a prompt, all that the model sees run again for each."""
+    row = Endless().encode(prompt)
+    for _ in range(new_tokens):
+        with torch.no_grad():
+            row.append(int(model(torch.tensor([row[-length:]]))[0, -1, :26].argmax()))
+    return Endless().decode(row)
+
+
+@pytest.mark.parametrize("shape", REAL.values(), ids=REAL)
+@pytest.mark.parametrize("length", [64, 9])  # longer than the text, and shorter
+def test_the_cache_changes_no_greedy_text(shape, length):
+    model = build(shape, torch.float32)
+    prompts = ["moebius", "a", "thequickbrownfox"]
+    found = sample(model, Endless(), prompts, 20, length, temperature=0)
+    assert found == [greedily(model, prompt, 20, length) for prompt in prompts]
+    assert max(len(set(text[-20:])) for text in found) > 3  # some do not only repeat themselves
+
+
+@pytest.mark.parametrize("shape", REAL.values(), ids=REAL)
+def test_other_prompts_change_no_bit(shape):
+    model = build(shape, torch.float32)
+
+    def seen_with(prompts: list[str]) -> list[torch.Tensor]:
+        """The logits of everything that runs for the first prompt."""
+        seen: list[list[torch.Tensor]] = []
+
+        def listening(tokens_BS, *, cache):
+            if cache.seen == 0:
+                seen.append([])
+            seen[-1].append(model(tokens_BS, cache=cache))
+            return seen[-1][-1]
+
+        sample(listening, Endless(), prompts, 6, 64, temperature=1.0, seed=5)
+        return seen[0]
+
+    alone, together = seen_with(["abc"]), seen_with(["abc", "xyzw", "abc"])
+    assert len(alone) == len(together) == 6
+    assert all(map(torch.equal, alone, together))

@@ -8,6 +8,8 @@ has a name that begins with a dot: the save under way, or what a killed one left
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from backends.errors import UserError
@@ -20,6 +22,19 @@ def newest(run_dir: str | Path) -> Path | None:
     """The complete checkpoint with the highest step, if there is one."""
     found = complete(run_dir)
     return found[-1] if found else None
+
+
+def located(place: str | Path) -> Path:
+    """The checkpoint folder ``place``, or the newest one of the run directory ``place``.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(place)
+    checkpoint = path if (path / STATE).is_file() else newest(path)
+    if checkpoint is None:
+        raise UserError(f"{place}: holds no checkpoint; give a run directory or a folder inside its checkpoints/")
+    return checkpoint
 
 
 def complete(run_dir: str | Path) -> list[Path]:
@@ -101,6 +116,34 @@ def publish(run_dir: str | Path, step: int) -> Path:
     os.rename(hidden, final)
     sync(final.parent)
     return final
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A hidden folder beside ``target``, which gets that name at once when all is in it, and goes when that fails.
+
+    Raises:
+        UserError: ``target`` exists, or could not be written.
+    """
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target}: exists; choose another folder")
+    hidden = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(hidden, ignore_errors=True)  # of a killed process
+        hidden.mkdir(parents=True)
+        yield hidden
+        sync(hidden)
+        os.rename(hidden, target)
+        sync(target.parent)
+    except Exception as error:
+        found: BaseException | None = error
+        while found and not isinstance(found, (OSError, UserError)):
+            found = found.__context__  # torch's writer complains of its own state where the disk was full
+        if not isinstance(found, OSError):
+            raise
+        raise UserError(f"{target}: cannot be written ({found.strerror or found}); choose another folder") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def thin_out(run_dir: str | Path, keep: int, keep_every: int) -> None:

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from backends.base import Backend
-from backends.errors import UserError
-from trainer.checkpoint.folder import CONFIG, STATE, TOKENIZER, newest
-from trainer.checkpoint.load import load_weights
+from trainer.checkpoint.folder import CONFIG, TOKENIZER, located
+from trainer.checkpoint.loading import load_weights
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.tokenizer import Tokenizer, saved_tokenizer
@@ -22,13 +21,15 @@ def load_for_inference(place: str, backend: Backend) -> tuple[MoETransformer, To
     Raises:
         UserError: there is no checkpoint, or it is damaged.
     """
-    path = Path(place)
-    checkpoint = path if (path / STATE).is_file() else newest(path)
-    if checkpoint is None:
-        raise UserError(f"{place}: holds no checkpoint; give a run directory or a folder inside its checkpoints/")
+    checkpoint = located(place)
     config = load_config(str(checkpoint / CONFIG), [])
+    return *model_and_tokenizer(checkpoint, config, backend), config
+
+
+def model_and_tokenizer(checkpoint: Path, config: Config, backend: Backend) -> tuple[MoETransformer, Tokenizer]:
+    """What a checkpoint holds of them, under its own config. Raises UserError if it is damaged."""
     tokenizer = saved_tokenizer(checkpoint / TOKENIZER, config.data.tokenizer.end_of_document)
     dtype = weights_dtype(config.train.precision)
     model = MoETransformer(config.model, backend.ops, device=backend.device, dtype=dtype)
     load_weights(checkpoint, model)
-    return model.eval(), tokenizer, config
+    return model.eval(), tokenizer

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import UserError
+from trainer.checkpoint.folder import sync
 
 MANIFEST = "manifest.json"
 INSTEAD = "delete this folder, and the checkpoint before it is the newest"
@@ -61,6 +62,21 @@ def write(checkpoint: Path, entries: dict[str, Entry]) -> None:
     (checkpoint / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
 
 
+def seal(checkpoint: Path, entries: dict[str, Entry]) -> None:
+    """Write the manifest of all files, and have the disk hold them.
+
+    Args:
+        entries: of the files that are known, and on the disk, already.
+    """
+    inside = [path for path in checkpoint.rglob("*") if path.is_file()]
+    others = {str(path.relative_to(checkpoint)): path for path in inside}
+    others = {name: path for name, path in others.items() if name not in entries}
+    write(checkpoint, entries | {name: entry_of(path) for name, path in others.items()})
+    folders = [path for path in checkpoint.rglob("*") if path.is_dir()]
+    for path in (*others.values(), checkpoint / MANIFEST, *folders, checkpoint):
+        sync(path)
+
+
 def read(checkpoint: Path) -> dict[str, Entry]:
     """What the manifest says, by file name.
 
@@ -74,14 +90,17 @@ def read(checkpoint: Path) -> dict[str, Entry]:
         raise UserError(f"{checkpoint}/{MANIFEST}: cannot be read ({error}); {INSTEAD}") from error
 
 
-def check_sizes(checkpoint: Path) -> None:
+def check_sizes(checkpoint: Path, instead: str = INSTEAD) -> None:
     """The quick check before a checkpoint is read.
+
+    Args:
+        instead: what to do if it is damaged.
 
     Raises:
         UserError: a file is missing or has another size than it was written with.
     """
     for name, problem in damages(checkpoint, contents=False).items():
-        raise UserError(f"{checkpoint / name}: is damaged ({problem}); {INSTEAD}")
+        raise UserError(f"{checkpoint / name}: is damaged ({problem}); {instead}")
 
 
 def damages(checkpoint: Path, contents: bool = True) -> dict[str, str]:

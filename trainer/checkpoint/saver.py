@@ -129,10 +129,7 @@ class Saver:
         (hidden / STATE).write_text(json.dumps({"step": self._step, **facts, **state}, indent=1))
         (hidden / CONFIG).write_text(dump_config(self._config))
         self._tokenizer.save(hidden / TOKENIZER)
-        others = [path for path in hidden.iterdir() if path.name not in files]
-        manifest.write(hidden, files | {path.name: manifest.entry_of(path) for path in others})
-        for path in (*others, hidden / manifest.MANIFEST, hidden):
-            folder.sync(path)
+        manifest.seal(hidden, files)
         folder.publish(self._run_dir, self._step)
         folder.thin_out(self._run_dir, self._config.checkpoint.keep, self._config.checkpoint.keep_every)
 

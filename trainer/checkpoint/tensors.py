@@ -22,6 +22,12 @@ def to_load(model: MoETransformer, engine: Engine) -> dict[str, Tensor]:
     return _pieces(engine) | _random() | _buffers(model)
 
 
+def initial(model: MoETransformer, engine: Engine) -> dict[str, Tensor]:
+    """What a new run reads of another's checkpoint, in place: weights and buffers."""
+    pieces = {key: piece for key, piece in _pieces(engine).items() if key.startswith("weight.")}
+    return pieces | _buffers(model)
+
+
 def weights(model: MoETransformer) -> dict[str, Tensor]:
     """Weights, of any dtype, and buffers of a whole model, in place."""
     flat = {name: parameter.detach().view(-1) for name, parameter in model.named_parameters()}

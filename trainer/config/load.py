@@ -37,7 +37,7 @@ def load_with_origins(path: str, overrides: list[str]) -> tuple[Config, Origins]
     section_paths = {section.path for section in catalogue}
     config = OmegaConf.structured(Config)
     origins = Origins(path)
-    for where, name, value in [*_from_file(path), *_from_overrides(overrides)]:
+    for where, name, value in [*_from_file(path), *from_overrides(overrides)]:
         if name in section_paths:
             if value in (None, {}):
                 continue  # a header with every key commented out
@@ -103,7 +103,8 @@ def _leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def _from_overrides(overrides: list[str]) -> Iterator[tuple[str, str, Any]]:
+def from_overrides(overrides: list[str]) -> Iterator[tuple[str, str, Any]]:
+    """("command line", full key, value) of each value that ``key=value`` arguments set."""
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:

@@ -88,6 +88,9 @@ class CheckpointConfig:
     keep: int = key(2, "newest checkpoints to keep; 0 keeps all")
     keep_every: int = key(0, "keep the checkpoints of every so many steps for ever; 0 keeps none")
     asynchronous: bool = key(True, "write while training goes on, from a copy of the state in the host's memory")
+    initial: Optional[str] = key(
+        None, "a checkpoint, or run directory, whose weights a new run starts from; optimizer and data start anew"
+    )
 
 
 @dataclass

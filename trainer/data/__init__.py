@@ -3,7 +3,7 @@
 from trainer.data.batch import Batch
 from trainer.data.beginnings import beginnings
 from trainer.data.bigram import bigram_loss
-from trainer.data.reader import open_data
+from trainer.data.reader import open_data, open_evaluation
 from trainer.data.sequences import SequenceReader
 from trainer.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -16,4 +16,5 @@ __all__ = [
     "check_vocabulary",
     "load_tokenizer",
     "open_data",
+    "open_evaluation",
 ]

@@ -39,11 +39,21 @@ def validation_documents(config: DataConfig, where: str) -> Documents:
     return Documents(_validation_source(config, where))
 
 
-def require_documents(count: int, held_out: bool, config: DataConfig, where: str) -> None:
-    """Raise UserError if a half of the corpus came out with ``count`` = 0 documents."""
+def all_documents(config: DataConfig, where: str) -> Documents:
+    """The documents of ``data.paths``, none held out. Raises UserError like :func:`training_documents`."""
+    return Documents(_source(config, where))
+
+
+def name_of(held_out: bool | None) -> str:
+    """A half of the corpus in a word; None is all of it."""
+    return {True: "validation", False: "training", None: "given"}[held_out]
+
+
+def require_documents(count: int, held_out: bool | None, config: DataConfig, where: str) -> None:
+    """Raise UserError if a half of the corpus (None: all of it) came out with ``count`` = 0 documents."""
     if count:
         return
-    if config.validation_paths:
+    if config.validation_paths or held_out is None:
         key = "validation_paths" if held_out else "paths"
         raise UserError(f"{where}: data.{key}: hold no document; give files with text in them")
     if len(list(islice(_source(config, where).open(), 2))) < 2:
@@ -51,14 +61,14 @@ def require_documents(count: int, held_out: bool, config: DataConfig, where: str
             f"{where}: data.paths: hold fewer than two documents, one to train on and one to hold out; give more of "
             "them, or name held-out files in data.validation_paths"
         )
-    half, remedy = ("validation", "raise") if held_out else ("training", "lower")
+    half, remedy = name_of(held_out), "raise" if held_out else "lower"
     raise UserError(
         f"{where}: data.validation_fraction: {config.validation_fraction:g} leaves no {half} document; {remedy} it, "
         "or name held-out files in data.validation_paths"
     )
 
 
-def too_short(what: str, held_out: bool, config: DataConfig, where: str) -> UserError:
+def too_short(what: str, held_out: bool | None, config: DataConfig, where: str) -> UserError:
     """The error of a half of the corpus, ``what``, that does not fill one sequence."""
     fraction = "raise data.validation_fraction, " if held_out and not config.validation_paths else ""
     return UserError(

@@ -12,7 +12,7 @@ from trainer.data.documents import Documents
 from trainer.data.packed import permutation
 from trainer.data.packing import encoded
 from trainer.data.sequences import Order, SequenceReader
-from trainer.data.sources import too_short
+from trainer.data.sources import name_of, too_short
 from trainer.data.tokenizer import Tokenizer
 
 # Documents between two recorded places of the source: what a resumed run reads again at most.
@@ -43,11 +43,11 @@ class StreamReader(SequenceReader):
         documents: Documents,
         tokenizer: Tokenizer,
         order: Order,
-        held_out: bool,
+        held_out: bool | None,
         config: DataConfig,
         where: str,
     ) -> None:
-        super().__init__(order, not held_out, config.reset_at_documents, where)
+        super().__init__(order, held_out is False, config.reset_at_documents, where)
         self._documents, self._tokenizer, self._held_out, self._config = documents, tokenizer, held_out, config
         self._begin(0, _START)
 
@@ -153,7 +153,7 @@ class StreamReader(SequenceReader):
         """Raise UserError if a whole epoch gave nothing: without this, a reader that wraps would never return."""
         if self._taken or self._resumed is not _START:
             return
-        what = f"{'validation' if self._held_out else 'training'} documents"
+        what = f"{name_of(self._held_out)} documents"
         raise too_short(what, self._held_out, self._config, self.where)
 
     def _place(self) -> dict[str, Any]:

@@ -7,11 +7,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from backends.errors import UserError
 from trainer.config.schema import DataConfig
+from trainer.data.byte_lengths import byte_lengths
 from trainer.data.cache import build_once, cache_folder
 from trainer.data.documents import Documents, fingerprint
 from trainer.data.formats import first_line
@@ -58,6 +60,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
         return self._inner.decode(ids, skip_special_tokens=False)
+
+    def byte_lengths(self) -> np.ndarray:
+        """See :func:`trainer.data.byte_lengths.byte_lengths`."""
+        return byte_lengths(self._inner)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a tokenizer.json, at once or not at all; folders are made."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.model.cache import Cache
+
 
 @dataclass(frozen=True)
 class Share:
@@ -27,6 +29,7 @@ class MicroBatch:
     documents_BS: Tensor | None  # attention stays inside equal values; None: each row is one document
     labels_BS: Tensor | None  # the token to predict at each position, -100 where none is; None asks for logits
     share: Share
+    cache: Cache | None = None  # what these tokens follow; for inference
 
 
 class Meters:
@@ -60,6 +63,7 @@ class Context:
     share: Share
     meters: Meters
     recording: bool = True
+    cache: Cache | None = None
 
     def silent(self) -> "_Silence":
         """Recomputation under activation checkpointing runs inside this: nothing is counted twice."""

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backends.operations import IGNORED, Operations
 from parallel.pipeline.split import Part, whole
+from trainer.model.cache import Cache
 from trainer.model.config import ModelConfig
 from trainer.model.context import Context, Meters, MicroBatch, Share
 from trainer.model.layer import MultiTokenPrediction, TransformerLayer
@@ -87,28 +88,36 @@ class MoETransformer(nn.Module):
         documents_BS: Tensor | None = None,
         labels_BS: Tensor | None = None,
         share: Share | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """The whole model: logits (B, S, V), at least fp32, without labels; this micro-batch's share of the loss with.
 
         Args:
             tokens_BS: token ids.
-            positions_BS: position of each token in its document; default 0 .. S-1.
+            positions_BS: position of each token in its document; default 0 .. S-1, or on from the cache.
             documents_BS: attention stays inside equal values; None: each row is one document.
             labels_BS: the token to predict at each position, -100 where none is.
             share: what the sums are divided by; default: this micro-batch is the whole batch.
+            cache: the tokens follow those that it has seen, and it keeps what later ones need of them. The logits are
+                those of the whole text, up to rounding and with one exception: no expert drops a token.
 
         Returns:
             With labels, a scalar: language-model loss plus weighted MTP loss. Balance and z-losses are attached to
             the graph instead (their gradients flow, their values are in ``meters``), because a layer of any
             pipeline stage may add them.
         """
+        assert cache is None or documents_BS is labels_BS is None, "a cache is for texts that go on, one a row"
+        S, seen = tokens_BS.shape[1], cache.seen if cache is not None else 0
         if positions_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+            positions_BS = torch.arange(seen, seen + S, device=tokens_BS.device).expand_as(tokens_BS)
         if share is None:
             counted = tokens_BS.numel() if labels_BS is None else int((labels_BS != IGNORED).sum())
             share = Share(tokens=counted, sequences=tokens_BS.shape[0])
-        batch = MicroBatch(tokens_BS, positions_BS, documents_BS, labels_BS, share)
-        return self.part(whole(self.config.num_layers), None, batch)
+        batch = MicroBatch(tokens_BS, positions_BS, documents_BS, labels_BS, share, cache)
+        result = self.part(whole(self.config.num_layers), None, batch)
+        if cache is not None:
+            cache.advance(S)
+        return result
 
     def part(self, part: Part, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         """Some of the layers, as a stage of a pipeline runs them.
@@ -124,7 +133,8 @@ class MoETransformer(nn.Module):
         batch = micro_batch
         dims = rotated_dims(self.config.attention, self.config.rope)
         cos, sin = rotations(self.config.rope, dims, batch.positions_BS)
-        context = Context(cos, sin, batch.documents_BS, batch.share, self.meters)
+        counted = batch.cache is None  # text that is being written is no batch to report on
+        context = Context(cos, sin, batch.documents_BS, batch.share, self.meters, counted, batch.cache)
         if hidden is None:
             hidden = self._embedded(batch.tokens_BS)
         for number in part.layers:

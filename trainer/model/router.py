@@ -59,7 +59,8 @@ class Router(nn.Module):
         weights_BSK = weights_BSK * config.scale
         tokens_BE = _tokens_per_expert(experts_BSK, config.num_experts)
         losses = self._losses(logits_BSE, scores_BSE, tokens_BE, context)
-        if config.capacity_factor is not None:
+        # Whom to drop is decided on whole sequences. Text that grows has none yet: nothing is dropped.
+        if config.capacity_factor is not None and context.cache is None:
             dropped_BSK = self._over_capacity(weights_BSK.detach(), experts_BSK)
             experts_BSK = experts_BSK.masked_fill(dropped_BSK, config.num_experts)
             weights_BSK = weights_BSK.masked_fill(dropped_BSK, 0.0)
