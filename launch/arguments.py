@@ -75,6 +75,9 @@ def _is_key(name: str) -> bool:
     return name.partition(".")[0] in Config.__dataclass_fields__
 
 
+DRY_RUN = ("world_size", "rank", "imbalance", "json")  # arguments that only a dry run takes
+
+
 def add_checkpoint(parser: Parser) -> None:
     """``--run`` or ``--checkpoint``, ``--backend`` and ``--debug``: for commands that run a trained model."""
     place = parser.add_mutually_exclusive_group(required=True)
@@ -100,7 +103,7 @@ def train_parser(prog: str = "moebius train") -> ConfigParser:
     """The arguments of training.
 
     Gives ``config``, ``overrides``, ``resume`` (False, True or the path of a checkpoint), ``auto_resume``, ``sample``,
-    ``debug`` and ``local_rank``.
+    ``debug`` and ``local_rank``; for a dry run ``dry_run``, ``world_size``, ``rank``, ``imbalance`` and ``json``.
     """
     parser = ConfigParser(prog, "Train a model. Several ranks: deepspeed --num_accelerators N launch/train.py ...")
     parser.add_argument(
@@ -117,5 +120,11 @@ def train_parser(prog: str = "moebius train") -> ConfigParser:
     )
     parser.add_argument("--sample", action="store_true", help="print text from the model when training ends")
     parser.add_argument("--debug", action="store_true", help="show tracebacks instead of one line")
+    dry = parser.add_argument_group("dry run", "what one rank would hold and send; needs neither data nor other ranks")
+    dry.add_argument("--dry-run", action="store_true", help="predict memory and communication, and train nothing")
+    dry.add_argument("--world-size", metavar="N", type=int, help="ranks of the whole job (1)")
+    dry.add_argument("--rank", metavar="R", type=int, help="the rank to predict (0)")
+    dry.add_argument("--imbalance", metavar="F", type=float, help="its experts get F times their share of tokens (1)")
+    dry.add_argument("--json", action="store_true", default=None, help="print JSON")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by deepspeed
     return parser

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # started as a file: the launcher puts launch/ on the path, not the folder above it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.arguments import train_parser
+from launch.arguments import DRY_RUN, train_parser
 from launch.errors import run
 
 if TYPE_CHECKING:
@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Train the model of ``--config`` to its last step."""
-    args = train_parser().parse(argv)
+    parser = train_parser()
+    args = parser.parse(argv)
+    given = {name: value for name in DRY_RUN if (value := getattr(args, name)) is not None}
+    if args.dry_run:
+        if args.resume or args.auto_resume or args.sample:
+            parser.error("--dry-run trains nothing: it takes neither --resume, --auto-resume nor --sample")
+        from launch.dry_run import dry_run
+
+        return run(lambda: dry_run(args.config, args.overrides, **given), args.debug)
+    if given:
+        parser.error(f"--{next(iter(given)).replace('_', '-')} is of --dry-run")
     return run(lambda: _train(args.config, args.overrides, args.resume, args.auto_resume, args.sample), args.debug)
 
 

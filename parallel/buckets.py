@@ -57,6 +57,10 @@ class PartGradients:
         for bucket in self._buckets:
             self.slots.update(bucket.slots)
 
+    def buffers(self) -> list[Tensor]:
+        """What is held of them between micro-batches."""
+        return self._parts
+
     def _watch(self, bucket: Bucket, parameter: nn.Parameter) -> Any:
         """Learn when a backward pass is through with a parameter. The node has to be kept: the hook goes with it."""
 

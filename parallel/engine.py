@@ -186,6 +186,11 @@ class Engine:
             self.shared.refresh()
         return float(self.zero.norm)
 
+    def gradients(self) -> Iterator[Tensor]:
+        """Where gradients are added up: views of the buffers that hold them, and under ZeRO-2 of this rank's part."""
+        yield from self._gradients.buffers()
+        yield from (slot.view for slot in self._slots.values())
+
     def _replicas(self, group: ParameterGroup) -> Axis:
         return self.topology.edp if group.expert else self.topology.dp
 

@@ -51,6 +51,10 @@ class WholeGradients:
         self._flats = [(group, group.zeros(group.size)) for group in groups]
         self.slots = {parameter: slot for group, flat in self._flats for parameter, slot in group.slots(flat)}
 
+    def buffers(self) -> list[Tensor]:
+        """All that is held of them."""
+        return [flat for _, flat in self._flats]
+
     def end_micro_batch(self) -> None:
         """Nothing to do: micro-batches add up where they are."""
 

@@ -69,10 +69,11 @@ def start(backend: Backend, config: ParallelConfig) -> Topology:
     """Join the other processes (or none) and lay the mesh over them.
 
     Under a launcher (deepspeed, torchrun) the usual environment variables say where to meet; without one this
-    process is a world of its own and no port is opened.
+    process is a world of its own and no port is opened. Processes that have met already stay with their group.
     The world size must factor into the configured axes.
     """
-    world, limit = world_size_from_environment(), timedelta(minutes=config.timeout_minutes)
+    limit = timedelta(minutes=config.timeout_minutes)
+    world = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
     assert world % (config.pipeline * config.expert) == 0, "validate_layout of the config comes first"
     if not dist.is_initialized():
         # Checkpoints and metadata travel on the CPU even where tensors travel by NCCL or HCCL.

@@ -1,31 +1,25 @@
 """The training loop: the same for one process and for thousands.
 
 A step reads this rank's share of the global batch, adds up gradients over micro-batches, sums them over ranks, and
-updates. Every loss is a sum divided by a count over the *global* batch, so ranks and micro-batches simply add up.
+updates (trainer/step.py).
 """
 
 import math
 
-import torch
-from torch import Tensor
-
 from backends.errors import UserError
-from backends.operations import IGNORED
 from parallel.pipeline import trace
 from parallel.pipeline.timeline import Span, covered
-from parallel.topology import sum_over
 from trainer import checkpoint
 from trainer.config.load import dump_config
 from trainer.data import bigram_loss
-from trainer.evaluation import evaluate, micro_batches
+from trainer.evaluation import evaluate
 from trainer.interrupt import StopRequest
 from trainer.metrics.expert_load import expert_load
 from trainer.metrics.meter import Meter
 from trainer.metrics.recorder import Recorder
-from trainer.model import Share
 from trainer.model.count import flops_per_token
-from trainer.optimizer import learning_rate
 from trainer.setup import Run
+from trainer.step import Step
 
 _REFUSALS = 5  # steps in a row without a finite gradient before the run gives up
 
@@ -35,7 +29,8 @@ class Loop:
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
-        self.sequences = self.config.train.global_batch_tokens // self.config.data.sequence_length
+        self.step = Step(self.config, run.topology, run.backend.device, run.model, run.engine, run.pipeline)
+        self.sequences = self.step.sequences
         dp = run.topology.dp
         share = self.sequences // dp.size
         self.mine = range(dp.rank * share, (dp.rank + 1) * share)
@@ -91,20 +86,8 @@ class Loop:
         clock.take()
         with clock.span("data"):
             batch = run.training.read(self.sequences, self.mine)
-            tokens = sum_over(run.topology.dp, (batch.labels_BS != IGNORED).sum().to(run.backend.device))
-            share = Share(tokens=float(tokens), sequences=float(self.sequences))
-            micros = micro_batches(batch, share, config, run.backend.device)
-        run.pipeline.train(micros, run.engine.end_micro_batch)
-        with clock.span("reduce"):
-            run.engine.reduce()
-        lr = learning_rate(config.schedule, config.optimizer.lr, run.step + 1, config.train.steps)
-        with clock.span("optimizer"):
-            norm = run.engine.step(lr)
-        losses, counts, stop = self._gather()
-        self._refuse_nonsense(norm)
-        if math.isfinite(norm):
-            for name, moe in run.model.moe_layers():
-                moe.router.balance(counts[name])
+        found = self.step.run(batch, run.step + 1, lambda: self.stop.wanted)
+        self._refuse_nonsense(found.norm)
 
         run.step += 1
         trained = self.sequences * config.data.sequence_length
@@ -118,17 +101,17 @@ class Loop:
             self.recorder.step(
                 {
                     "step": run.step,
-                    **losses,
-                    "grad_norm": norm,
-                    "lr": lr,
+                    **found.losses,
+                    "grad_norm": found.norm,
+                    "lr": found.lr,
                     "tokens": run.tokens,
                     **self.meter.rates(config.train.steps - run.step),
                     "memory_gib": run.backend.memory().peak / 2**30,
                     "times": times,
-                    "expert_load": expert_load(counts),
+                    "expert_load": expert_load(found.counts),
                 }
             )
-        return stop
+        return found.stop
 
     def _trace(self, actions: list[Span]) -> None:
         """Of the first pipeline, if this is the step to trace."""
@@ -137,27 +120,6 @@ class Loop:
             pp, chunks = layout.pipeline, layout.stages // layout.pipeline
             header = trace.Header(layout.schedule, pp, run.pipeline.micro_batches, chunks, run.step)
             trace.write(run.run_dir, header, run.topology.pp.rank, actions)
-
-    def _gather(self) -> tuple[dict[str, float], dict[str, Tensor], bool]:
-        """Losses and tokens per expert of the global batch, and whether any rank wants to stop: two reductions.
-
-        A pipeline stage has some of the losses and layers: the others are zeros there, so that all ranks agree.
-        """
-        run, device = self.run, self.run.backend.device
-        sums, counts = run.model.meters.take()
-        names = self.config.model.loss_names()
-        zero = torch.zeros((), device=device)
-        values = torch.stack([*(sums.get(name, zero) for name in names), zero + float(self.stop.wanted)])
-        *found, wants = sum_over(run.topology.world, values).tolist()
-        losses = dict(zip(names, found, strict=True))
-        weights = {"mtp_loss": self.config.model.mtp_loss}
-        total = {"loss": sum(weights.get(name, 1.0) * value for name, value in losses.items())}
-        layers = self.config.model.moe_names()
-        if layers:
-            idle = torch.zeros(self.config.model.moe.num_experts, dtype=torch.int64, device=device)
-            together = torch.stack([counts.get(name, idle) for name in layers])
-            counts = dict(zip(layers, sum_over(run.topology.world, together), strict=True))
-        return {**total, **losses}, counts, wants > 0
 
     def _refuse_nonsense(self, norm: float) -> None:
         self.refusals = 0 if math.isfinite(norm) else self.refusals + 1

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.pipelining.schedules import (
+    OVERLAP_F_B,
     PipelineScheduleSingle,
     _PipelineSchedule,
+    _PipelineScheduleRuntime,
     get_schedule_class,
 )
 
@@ -78,6 +80,11 @@ class Pipeline:
         if SCHEDULES[schedule].overlaps:
             overlap(made)
         self._schedule = made
+
+    def take_turns(self) -> None:
+        """Run what a schedule overlaps one after the other, in the thread that calls."""
+        if isinstance(self._schedule, _PipelineScheduleRuntime):
+            self._schedule._comp_type_to_function_map.pop(OVERLAP_F_B, None)
 
     @property
     def round(self) -> int:

@@ -91,6 +91,8 @@ SAME: dict[str, str] = {}
 BY_CI = {"make train", "make test", "make test-slow", "make lint"}
 
 NOT_HERE = {
+    "moebius train --config configs/models/telechat3-105b.yaml --dry-run --world-size 4096 --rank 0": "a minute; "
+    "tests/distributed/test_dry_run.py runs it",
     "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train": "downloads packages",
     "make train ARGS=--resume": "installs; what it starts is tabled above",
     'make train ARGS="name=again seed=1"': "installs and takes minutes",
@@ -112,7 +114,8 @@ NOT_HERE = {
     "script with stand-ins",
 }
 
-# Ranks that a launcher's words start; the documents' hosts file has two machines with eight slots each.
+# Ranks that a launcher's words start, or that a dry run pretends; the documents' hosts file has two machines with eight
+# slots each.
 RANKS = {
     "deepspeed --num_accelerators 2": 2,
     "deepspeed --num_accelerators 4": 4,
@@ -121,6 +124,7 @@ RANKS = {
     "torchrun --nnodes 2": 16,
     "sbatch": 16,
     "bash docs/launching/ascend.sh 2": 16,
+    "moebius train --config configs/models/telechat3-105b.yaml --dry-run --world-size 4096": 4096,
 }
 
 # Files in backticks that a run makes or a user has, so that the checkout does not hold them.

@@ -114,7 +114,7 @@ def test_a_layout_fits_its_config_without_what_the_tests_add(sandbox, inside, co
     path, *rest = shlex.split(command.partition(" --config ")[2])
     if not Path(path).exists():
         sandbox.start(STARTED[command].needs)
-    config = load_config(path, [word for word in rest if not word.startswith("--")])
+    config = load_config(path, [word for word in rest if "=" in word and not word.startswith("--")])
     validate_layout(config, ranks, path)
 
 
