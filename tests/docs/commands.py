@@ -39,6 +39,10 @@ class Started:
 TRAIN = "moebius train --config configs/tiny.yaml --sample"
 EXPORT = "moebius export --from runs/tiny --to tiny-published"
 IMPORT = "moebius import --from tiny-published --to tiny-weights"
+_CONTINUED = (
+    "moebius train --config tiny-weights/config.yaml data.source=text 'data.paths=[~/texts]' "
+    "data.sequence_length=256 train.global_batch_tokens=1024 train.steps=50 schedule.warmup_steps=10"
+)
 _TWO = "launch/train.py --config configs/tiny.yaml parallel.expert=2 name=tiny-two"
 _BIG = "launch/train.py --config configs/tiny.yaml parallel.expert=8 train.global_batch_tokens=65536 name=big"
 
@@ -70,9 +74,7 @@ STARTED = {
     "moebius train --config configs/mine.yaml --sample": Started(TINY),
     EXPORT: Started((), needs=TRAIN, shows="config.json and tokenizer", trains=False),
     IMPORT: Started((), needs=EXPORT, shows="of a deepseek_v3 model", trains=False),
-    "moebius train --config tiny-weights/config.yaml data.source=text 'data.paths=[~/texts]'": Started(
-        SHORT, needs=IMPORT
-    ),
+    _CONTINUED: Started(SHORT, needs=IMPORT),
     "moebius train --config configs/models/tiny/gpt-oss.yaml": Started(
         ("data.source=text", "data.paths=[~/texts]", "train.steps=2", "metrics.tensorboard=false")
     ),

@@ -106,10 +106,11 @@ def _check_pipeline(config: Config, world_size: int, where: str) -> None:
     layout, layers = config.parallel, config.model.num_layers
     if world_size % layout.pipeline:
         sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        ranks = "1 rank does" if world_size == 1 else f"{world_size} ranks do"
         _refuse(
             where,
             "parallel.pipeline",
-            f"{world_size} ranks do not divide into {layout.pipeline} pipeline ranks",
+            f"{ranks} not divide into {layout.pipeline} pipeline ranks",
             f"use {_nearest(sizes, layout.pipeline)}, or start a multiple of {layout.pipeline} ranks",
         )
     if layout.pipeline == 1:

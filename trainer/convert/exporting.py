@@ -111,10 +111,13 @@ def _write(checkpoint: Path, path: Path, here: list[Slot], dtype: torch.dtype) -
     read(checkpoint, _pieces(here, values))
     for slot in here:  # one by one: another order of elements takes memory of its own
         values[slot.name] = slot.to_theirs(values[slot.name])
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes files that only their owner may read
     try:
         save_file(values, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from None
+    path.chmod(mode)
 
 
 def _pieces(here: list[Slot], values: dict[str, Tensor]) -> dict[str, Tensor]:

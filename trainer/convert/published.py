@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backends.errors import UserError
+from trainer.checkpoint.folder import FOLDER, STATE
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
@@ -71,6 +72,9 @@ class Published:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder; give one with config.json and safetensors files")
+        if (folder / STATE).is_file() or (folder / FOLDER).is_dir():
+            remedy = "generate, eval, export and checkpoint.initial take it as it is"
+            raise UserError(f"{folder}: is a checkpoint or run directory of moebius already; {remedy}")
         self.folder = folder
         self.config = self.json(CONFIG)
         self.tensors: dict[str, Stored] = {}

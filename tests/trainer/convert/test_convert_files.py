@@ -129,6 +129,11 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
+def test_what_is_ours_already_is_not_imported(imported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a checkpoint or run directory of moebius already"):
+        import_weights(imported, tmp_path / "weights")
+
+
 def test_nothing_is_written_over(source: Path, imported: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match=r"there: exists; choose another folder"):
@@ -197,6 +202,7 @@ def test_an_export_can_be_told_the_family_and_the_dtype(imported: Path, tmp_path
     wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
     assert wide == {name for name in dtypes if name.endswith("e_score_correction_bias")}
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert len({path.stat().st_mode for path in (tmp_path / "ours").iterdir()}) == 1, "who may read one may read all"
 
 
 def test_the_commands_know_an_imported_checkpoint(
