@@ -32,9 +32,7 @@ LAYOUTS = [
     ("dp2", 2, ""),
     ("ep2", 2, "parallel.expert=2"),
     ("ep2-recompute", 2, "parallel.expert=2 train.activation_checkpointing=layer"),
-    ("dp4", 4, ""),
     ("edp2-ep2", 4, "parallel.expert=2"),
-    ("ep4", 4, "parallel.expert=4"),
     ("dp2-zero2", 2, "parallel.zero=2"),
     ("edp2-ep2-zero2-recompute", 4, "parallel.zero=2 parallel.expert=2 train.activation_checkpointing=layer"),
     ("others", 1, OTHERS),
@@ -44,6 +42,8 @@ LAYOUTS = [
 ]
 # More ranks than most machines have cores: slow, and the same code.
 LARGE = [
+    ("dp4", 4, ""),
+    ("ep4", 4, "parallel.expert=4"),
     (
         "others-pp2-ep2",
         4,
@@ -106,6 +106,7 @@ def test_clipping_was_active(runs: Path) -> None:
     assert max(record.get("grad_norm", 0) for record in records(runs / "one")) > 0.5
 
 
+@pytest.mark.slow
 def test_a_run_resumes_under_any_layout(runs: Path, tmp_path: Path) -> None:
     """Step 14 of a 4-rank run, continued by one, two and four ranks: the uninterrupted run's figures."""
     config = runs / "small.yaml"
