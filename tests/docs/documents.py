@@ -54,7 +54,7 @@ def commands() -> list[Command]:
     """Every command of every shell block; a backslash at the end of a line joins it to the next."""
     found = []
     for block in (block for document in DOCUMENTS for block in blocks(document) if block.language in _SHELLS):
-        text = block.text.replace("\\\n", " ")
+        text = re.sub(r"\s*\\\n\s*", " ", block.text)
         if block.language == "console":
             for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
                 command, _, output = part.partition("\n")

@@ -58,7 +58,9 @@ def test_a_resumed_run_says_so():
 
 
 PROGRAM = f"""
+import signal
 import time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 from trainer.metrics.screen import open_screen
 screen = open_screen(2000, 0)
 print("started")
