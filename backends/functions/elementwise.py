@@ -88,17 +88,18 @@ class _SwiGLU(torch.autograd.Function):
         for rows in _row_blocks(gate_up):
             gate, up = gate_up[rows].to(wide).chunk(2, -1)
             grad, into = grad_TI[rows].to(wide), grad_gate_up[rows]
-            if limit is not None:
+            if limit is None:
+                sigmoid = torch.sigmoid(gate)
+                silu = gate * sigmoid
+                slope = torch.addcmul(silu, silu, sigmoid, value=-1).add_(sigmoid).mul_(up)  # s + g·s·(1 - s)
+            else:
                 gate_inside, up_inside = gate <= limit, up.abs() <= limit
                 gate, up = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1)
-            slope_factor = 1.0 if limit is None else _SLOPE
-            sigmoid = torch.sigmoid(gate if limit is None else slope_factor * gate)
-            silu = gate * sigmoid
-            # s + a·g·s·(1 - s), the derivative of g·s with s = sigmoid(a·g)
-            slope = torch.addcmul(silu, silu, sigmoid, value=-1).mul_(slope_factor).add_(sigmoid)
-            slope.mul_(up)
-            if limit is not None:  # nothing flows through what was clamped
-                slope.mul_(gate_inside)
+                sigmoid = torch.sigmoid(_SLOPE * gate)
+                silu = gate * sigmoid
+                # s + a·g·s·(1 - s), the derivative of g·s with s = sigmoid(a·g)
+                slope = torch.addcmul(silu, silu, sigmoid, value=-1).mul_(_SLOPE).add_(sigmoid).mul_(up)
+                slope.mul_(gate_inside)  # nothing flows through what was clamped
                 silu.mul_(up_inside)
             torch.mul(slope, grad, out=into[:, :half])
             torch.mul(silu, grad, out=into[:, half:])
