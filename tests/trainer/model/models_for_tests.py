@@ -1,15 +1,18 @@
 """Tiny models with weights that hide nothing, and one way to say how far two tensors lie apart."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from backends import select
+from trainer.config.load import load_config
 from trainer.model import ModelConfig, MoETransformer, Share
 from trainer.model.config import AttentionConfig, MoEConfig
 from trainer.model.context import Context, Meters
 
+MODELS = Path(__file__).parents[3] / "configs" / "models"
 OPS = select("cpu").ops
 
 
@@ -32,38 +35,9 @@ def config(**more) -> ModelConfig:
     return ModelConfig(**{**base, "attention": gqa(), "moe": moe(), **more})
 
 
-def deepseek_v3(vocab_size=129280, dense_layers=3, num_heads=128, num_experts=256, **more) -> ModelConfig:
-    """671 B parameters (arXiv 2412.19437, section 4.2), for models on the meta device."""
-    return ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=7168,
-        num_layers=61,
-        dense_layers=dense_layers,
-        dense_hidden_size=18432,
-        attention=AttentionConfig(
-            kind="mla",
-            num_heads=num_heads,
-            q_lora_rank=1536,
-            kv_lora_rank=512,
-            qk_nope_head_dim=128,
-            qk_rope_head_dim=64,
-            v_head_dim=128,
-        ),
-        moe=MoEConfig(
-            num_experts=num_experts,
-            top_k=8,
-            expert_hidden_size=2048,
-            num_shared_experts=1,
-            score="sigmoid",
-            expert_bias=True,
-            **more,
-        ),
-    )
-
-
-def kimi_k2() -> ModelConfig:
-    """A trillion parameters: DeepSeek-V3 with other numbers."""
-    return deepseek_v3(vocab_size=163840, dense_layers=1, num_heads=64, num_experts=384, scale=2.827)
+def published(name: str, *overrides: str) -> ModelConfig:
+    """The model of a config in configs/models, for the meta device."""
+    return load_config(str(MODELS / f"{name}.yaml"), list(overrides)).model
 
 
 def fill(name: str, value: Tensor, generator: torch.Generator) -> None:

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from models_for_tests import deepseek_v3
+from models_for_tests import published
 
 from backends import select
 from trainer.model import ModelConfig, MoETransformer
@@ -81,12 +81,12 @@ def test_flops_of_a_small_model():
 def test_deepseek_v3_has_its_published_size_in_seconds():
     """671 B in total, 37 B active per token (arXiv 2412.19437, abstract)."""
     began = time.perf_counter()
-    counts = count_parameters(build(deepseek_v3()))
+    counts = count_parameters(build(published("deepseek-v3", "model.mtp_layers=0")))
     assert time.perf_counter() - began < 10
     assert sum(count.total for count in counts.values()) == 671_026_404_352
     assert sum(count.active for count in counts.values()) / 1e9 == pytest.approx(36.6, abs=0.1)
 
 
 def test_mla_attention_flops():
-    config = deepseek_v3()
+    config = published("deepseek-v3", "model.mtp_layers=0")
     assert flops_per_token(config, 4097) - flops_per_token(config, 4096) == 3 * 61 * 128 * (192 + 128)

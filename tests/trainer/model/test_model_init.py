@@ -5,7 +5,7 @@ import time
 import psutil
 import pytest
 import torch
-from models_for_tests import OPS, config, gqa, kimi_k2, mla, moe
+from models_for_tests import OPS, config, gqa, mla, moe, published
 
 from trainer.model import ModelConfig, MoETransformer, materialize
 from trainer.model.moe import Experts, MoE
@@ -118,7 +118,7 @@ def test_tied_weights_stay_tied():
 
 def test_a_trillion_parameters_on_meta():
     """Kimi-K2's shape: seconds, and no memory to speak of."""
-    shape = kimi_k2()
+    shape = published("kimi-k2")
     shape.validate("kimi")
     process = psutil.Process()
     before, start = process.memory_info().rss, time.process_time()

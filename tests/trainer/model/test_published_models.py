@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from models_for_tests import OPS
+from models_for_tests import MODELS, OPS, published
 
 from tests.small import write_inputs
 from trainer.config.load import load_config
@@ -12,8 +12,6 @@ from trainer.loop import Loop
 from trainer.model import MoETransformer
 from trainer.model.count import count_parameters
 from trainer.setup import prepare
-
-MODELS = Path(__file__).parents[3] / "configs" / "models"
 
 
 class Published(NamedTuple):
@@ -52,24 +50,24 @@ def test_every_config_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_size(name: str) -> None:
-    published = PUBLISHED[name]
-    counts = count_parameters(MoETransformer(load_config(str(MODELS / f"{name}.yaml"), []).model, OPS, device="meta"))
+    figures = PUBLISHED[name]
+    counts = count_parameters(MoETransformer(published(name), OPS, device="meta"))
     further = counts.pop("multi-token prediction", None)
     total = sum(count.total for count in counts.values())
     active = sum(count.active for count in counts.values())
     if name.startswith("glm") and further:
         total += further.total + counts["embedding"].total + counts["head"].total
-    if published.embedding:
+    if figures.embedding:
         active += counts["embedding"].total
-    assert abs(total / 1e9 - published.total) <= max(0.005 * published.total, published.rounding)
-    assert published.active is None or active / 1e9 == pytest.approx(published.active, rel=0.01)
+    assert abs(total / 1e9 - figures.total) <= max(0.005 * figures.total, figures.rounding)
+    assert figures.active is None or active / 1e9 == pytest.approx(figures.active, rel=0.01)
 
 
 def test_gpt_oss_has_its_published_number_of_parameters() -> None:
     """116.83 B and 20.91 B in the model card, to the last digit given."""
-    for name, published in (("gpt-oss-120b", "116.83"), ("gpt-oss-20b", "20.91")):
-        model = MoETransformer(load_config(str(MODELS / f"{name}.yaml"), []).model, OPS, device="meta")
-        assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}" == published
+    for name, billions in (("gpt-oss-120b", "116.83"), ("gpt-oss-20b", "20.91")):
+        model = MoETransformer(published(name), OPS, device="meta")
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}" == billions
 
 
 @pytest.fixture(scope="module")
