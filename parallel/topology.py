@@ -100,8 +100,11 @@ _laid: dict[tuple[tuple[int, int, int], bool], Topology] = {}
 def _lay(backend: Backend, shape: tuple[int, int, int], overlaps: bool, limit: timedelta) -> Topology:
     """The mesh of that shape over all ranks."""
     world = dist.get_world_size()
-    mesh = init_device_mesh(backend.device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
-    flat = mesh["edp", "ep"]._flatten("dp") if world > 1 else None
+    names = ("pp", "edp", "ep")
+    options = {name: backend.group_options(name) for name, size in zip(names, shape, strict=True) if size > 1}
+    options = {name: special for name, special in options.items() if special is not None}
+    mesh = init_device_mesh(backend.device.type, shape, mesh_dim_names=names, backend_override=options or None)
+    flat = mesh["edp", "ep"]._flatten("dp", backend.group_options("dp")) if world > 1 else None
     for part in (mesh, flat) if flat else (mesh,):
         for group in part.get_all_groups():
             _set_pg_timeout(limit, group)  # a mesh gives its groups torch's own limit
@@ -116,7 +119,8 @@ def _lay(backend: Backend, shape: tuple[int, int, int], overlaps: bool, limit: t
     backward = ep
     if overlaps and ep.size > 1:
         # Two threads cannot keep to one order of calls on one group.
-        own, _ = dist.new_subgroups_by_enumeration(mesh.mesh.view(-1, ep.size).tolist())
+        ranks = mesh.mesh.view(-1, ep.size).tolist()
+        own, _ = dist.new_subgroups_by_enumeration(ranks, pg_options=backend.group_options("ep"))
         assert own is not None
         backward = Axis(own, ep.rank, ep.size)
     return Topology(mesh, dist.get_rank(), world, axis("pp"), axis("edp"), ep, backward, dp, everyone)
