@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -101,8 +101,11 @@ def _lay(backend: Backend, shape: tuple[int, int, int], overlaps: bool, limit: t
     """The mesh of that shape over all ranks."""
     world = dist.get_world_size()
     names = ("pp", "edp", "ep")
-    options = {name: backend.group_options(name) for name, size in zip(names, shape, strict=True) if size > 1}
-    options = {name: special for name, special in options.items() if special is not None}
+    options: dict[int | str, Any] = {}
+    for name, size in zip(names, shape, strict=True):
+        special = backend.group_options(name)
+        if size > 1 and special is not None:
+            options[name] = special
     mesh = init_device_mesh(backend.device.type, shape, mesh_dim_names=names, backend_override=options or None)
     flat = mesh["edp", "ep"]._flatten("dp", backend.group_options("dp")) if world > 1 else None
     for part in (mesh, flat) if flat else (mesh,):
