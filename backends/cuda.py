@@ -3,6 +3,7 @@
 Shape suffixes as in ``backends/operations.py``.
 """
 
+from contextlib import suppress
 from typing import Any, Optional
 
 import torch
@@ -13,19 +14,48 @@ from torch.autograd.function import once_differentiable
 from backends import peak
 from backends.base import DTYPES, Backend, MemoryStats, Slot
 from backends.cpu import CpuOperations
-from backends.functions import matmul
+from backends.functions import flex, matmul
+from backends.functions.compiled import CannotCompile
 from backends.functions.rows import accumulation_dtype
+from backends.operations import ExpertOrder
 from backends.weight_gradients import accumulate, deliver
+
+_ALIGNED = 8  # elements: the rows that F.grouped_mm reads must begin at multiples of 16 bytes
 
 
 class CudaOperations(CpuOperations):
-    """Where torch has a fused operator it is used; the rest is the CPU's definition, which runs on any device."""
+    """Where torch has a fused operator it is used; the rest is the CPU's definition, which runs on any device.
+
+    Args:
+        grouped_kernel: whether ``F.grouped_mm`` has a kernel of its own here.
+    """
 
     def linear(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         return matmul.linear(x, weight, bias, x.dtype)
 
+    def __init__(self, grouped_kernel: bool = True) -> None:
+        self.grouped_kernel = grouped_kernel
+
     def grouped_mm(self, x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-        return _GroupedMM.apply(x_TI, weight_EOI, counts_E.cumsum(0).to(torch.int32))
+        # Elsewhere F.grouped_mm waits for the counts and multiplies expert by expert. Ours does so for all dtypes and
+        # sizes, and adds a narrow weight gradient up in fp32.
+        aligned = all(size % _ALIGNED == 0 for size in weight_EOI.shape[1:])
+        if self.grouped_kernel and x_TI.dtype == torch.bfloat16 and aligned and x_TI.shape[0]:
+            return _GroupedMM.apply(x_TI.contiguous(), weight_EOI, counts_E.cumsum(0).to(torch.int32))
+        return matmul.grouped_mm(x_TI, weight_EOI, counts_E, x_TI.dtype)
+
+    def sort_by_expert(self, experts_TK: Tensor, num_experts: int, dropping: bool = True) -> ExpertOrder:
+        # As the definition, but bincount would wait for the device.
+        sorted_P, order_P = experts_TK.flatten().sort(stable=True)
+        bounds_E = torch.searchsorted(sorted_P, torch.arange(num_experts, device=sorted_P.device), right=True)
+        counts_E = bounds_E.diff(prepend=bounds_E.new_zeros(1))
+        inverse_P = torch.empty_like(order_P)
+        inverse_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
+        if dropping:
+            rows = int(bounds_E[-1])
+            order_P = order_P[:rows]
+            inverse_P = torch.where(inverse_P < rows, inverse_P, -1)
+        return ExpertOrder(order_P, inverse_P.view_as(experts_TK), counts_E)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype == weight.dtype:
@@ -49,6 +79,10 @@ class CudaOperations(CpuOperations):
         window: int = 0,
         sinks_N: Optional[Tensor] = None,
     ) -> Tensor:
+        special = documents_BL is not None or sinks_N is not None or 0 < window < k_BLMD.shape[1]
+        if special and flex.serves(q_BSND, k_BLMD):
+            with suppress(CannotCompile):
+                return flex.attention(q_BSND, k_BLMD, v_BLMW, scale, documents_BL, window, sinks_N)
         if sinks_N is not None:  # no fused kernel of torch takes them
             return super().attention(q_BSND, k_BLMD, v_BLMW, scale, documents_BL, window, sinks_N)
         q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BLMD, v_BLMW))
