@@ -3,6 +3,7 @@
 import importlib.util
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ class Compiled:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.problem = function, ""
         self._compiled: Callable[..., Any] | None = None
+
+    def otherwise(self, written: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+        """The compiled function of these where there is one, else what ``written`` gives."""
+        if compiles_on(x):
+            with suppress(CannotCompile):
+                return self(x, *args)
+        return written(x, *args)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``function(x, ...)`` on the device of ``x``.
