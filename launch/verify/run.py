@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
     add("--mean-loss", metavar="X", type=_bound, default=0.01, help="mean loss, relative (0.01)")
     add("--mean-loss-absolute", metavar="X", type=_bound, default=0.01, help="mean loss, absolute (0.01)")
     add("--norm", metavar="X", type=_bound, default=0.1, help="mean relative difference of gradient norms (0.1)")
+    parser.add_argument("--common", action="store_true", help="compare the steps that both have; else all must be")
     add_outputs(parser)
     args = parser.parse_args(argv)
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
         from trainer.verify.runs import Bounds, compare
 
         bounds = Bounds(args.first_loss, args.first_loss_absolute, args.mean_loss, args.mean_loss_absolute, args.norm)
-        return finish(compare(args.reference, args.other, bounds), args)
+        return finish(compare(args.reference, args.other, bounds, args.common), args)
 
     return run(compare, debug=False)
 

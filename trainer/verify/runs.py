@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
@@ -36,14 +36,17 @@ class Bounds:
 
 @dataclass(frozen=True)
 class _Check:
+    """One thing that was looked at; ``good`` is None for what is told and not judged."""
+
     of: str
     what: str
     found: str
-    bound: str
-    good: bool
+    allowed: str = ""
+    good: Optional[bool] = None
 
-    def sentence(self) -> str:
-        return f"{self.of}: {self.what} {self.found}, where the bound is {self.bound}"
+    @property
+    def mark(self) -> str:
+        return "" if self.good is None else "same" if self.good else "different"
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,10 @@ def compare(reference: str, other: str, bounds: Bounds | None = None, common: bo
     names = [name for name in (*LOSSES, NORM) if any(name in run.records[steps[0]] for run in (a, b))]
     for name in names:
         checks += _check_figure(name, a, b, steps, bounds)
-    failed = [check for check in checks if not check.good]
-    rows = [(check.of, check.what, check.found, check.bound) for check in checks]
-    marks = ["same" if check.good else "different" for check in checks]
-    table = Table("Checks", ("figure", "check", "found", "bound"), rows, marks)
+    failed = [check for check in checks if check.good is False]
+    judged = sum(check.good is not None for check in checks)
+    rows = [(check.of, check.what, check.found, check.allowed) for check in checks]
+    table = Table("Checks", ("figure", "check", "found", "allowed"), rows, [check.mark for check in checks])
     about = {
         "A": _describe(a),
         "B": _describe(b),
@@ -87,7 +90,8 @@ def compare(reference: str, other: str, bounds: Bounds | None = None, common: bo
             f"{bounds.mean_relative:.3g} or {bounds.mean_absolute:.3g}, gradient norm {bounds.norm_relative:.3g}"
         ),
     }
-    summary = failed[0].sentence() if failed else f"all {len(checks)} checks hold over {len(steps)} steps"
+    first = f"{failed[0].of}: {failed[0].what}: {failed[0].found}; allowed: {failed[0].allowed}" if failed else ""
+    summary = first or f"all {judged} checks hold over {len(steps)} steps"
     sections = [*(picture for name in names for picture in _pictures(name, a, b, steps)), table]
     verdict = "different" if failed else "same"
     return Report("Two runs", verdict, f"{summary}.", sections, about)  # type: ignore[arg-type]
@@ -124,8 +128,8 @@ def _describe(run: _Run) -> str:
 def _check_steps(a: _Run, b: _Run, common: bool) -> _Check:
     only_a, only_b = sorted(a.records.keys() - b.records.keys()), sorted(b.records.keys() - a.records.keys())
     lacking = [f"{name} lacks {_some(steps)}" for name, steps in (("B", only_a), ("A", only_b)) if steps]
-    bound = "any" if common else "the same steps in both"
-    return _Check("steps", "recorded", "; ".join(lacking) or "the same", bound, common or not lacking)
+    found, allowed = "; ".join(lacking) or "the same", "any" if common else "the same in both"
+    return _Check("steps", "recorded", found, allowed, common or not lacking)
 
 
 def _some(steps: list[int]) -> str:
@@ -143,61 +147,50 @@ def _check_figure(name: str, a: _Run, b: _Run, steps: list[int], bounds: Bounds)
     one, other, at = _figures(name, a, steps), _figures(name, b, steps), np.array(steps, dtype=float)
     number = np.isfinite(one) & np.isfinite(other)
     alone = [int(step) for step in at[np.isfinite(one) != np.isfinite(other)]]
-    checks = [
-        _Check(name, "a number", f"in one run only at {_some(alone)}" if alone else "in both", "in both", not alone)
-    ]
+    found = f"in one run only at {_some(alone)}" if alone else f"at {number.sum()} steps"
+    checks = [_Check(name, "a finite number", found, "in both runs or in none", not alone)]
     one, other, at = one[number], other[number], at[number]
     if not len(at):
         return checks
     apart = other - one
-    relative = np.abs(apart) / np.maximum(np.abs(one), np.finfo(np.float64).tiny)
-    relative[apart == 0] = 0
-    unequal = at[apart != 0]
-    first = f"step {int(unequal[0])}, by {relative[apart != 0][0]:.2e}" if len(unequal) else "none"
-    checks.append(_Check(name, "first unequal value", first, "for information", True))
+    relative = np.abs(apart) / np.maximum(np.abs(one), np.finfo(np.float64).tiny)  # of 0 to 0 it is 0
+    unequal = np.flatnonzero(apart)
+    first = f"step {int(at[unequal[0]])}, by {relative[unequal[0]]:.2e} of it" if len(unequal) else "none"
+    checks.append(_Check(name, "first unequal value", first))
     if name == NORM:
-        return [*checks, _norm(name, float(relative.mean()), bounds)]
-    mean = float(np.abs(apart).mean()), float(relative.mean())
-    checks += [
-        _loss(
-            name,
-            f"first loss, step {int(at[0])}, apart by",
-            float(abs(apart[0])),
-            float(relative[0]),
-            bounds.first_absolute,
-            bounds.first_relative,
-        ),
-        _loss(name, "mean loss apart by", *mean, bounds.mean_absolute, bounds.mean_relative),
-        _Check(name, "mean of B minus mean of A", f"{apart.mean():+.2e}", "for information", True),
-    ]
+        mean, most = float(relative.mean()), bounds.norm_relative
+        return [*checks, _Check(name, "mean relative difference", f"{mean:.3%}", f"{most:.3%}", mean <= most)]
+    allowed = bounds.first_absolute, bounds.first_relative
+    checks.append(_apart(name, f"first loss (step {int(at[0])})", abs(apart[0]), relative[0], *allowed))
+    allowed = bounds.mean_absolute, bounds.mean_relative
+    checks.append(_apart(name, "mean difference", np.abs(apart).mean(), relative.mean(), *allowed))
+    checks.append(_Check(name, "mean of B minus mean of A", f"{apart.mean():+.2e}"))
     return [*checks, *_shape(name, at, one, apart, relative, bounds)]
 
 
-def _loss(name: str, what: str, absolute: float, relative: float, at_most: float, at_most_relative: float) -> _Check:
-    found, bound = f"{absolute:.2e} ({relative:.3%})", f"{at_most:.3g} or {at_most_relative:.3g} of it"
-    return _Check(name, what, found, bound, absolute <= at_most or relative <= at_most_relative)
-
-
-def _norm(name: str, relative: float, bounds: Bounds) -> _Check:
-    good = relative <= bounds.norm_relative
-    return _Check(name, "mean relative difference", f"{relative:.3%}", f"{bounds.norm_relative:.3%}", good)
+def _apart(name: str, what: str, absolute: float, relative: float, at_most: float, part_at_most: float) -> _Check:
+    """Either bound is enough."""
+    allowed = f"{at_most:.3g}, or {part_at_most:.3%} of it"
+    return _Check(
+        name, what, f"{absolute:.2e} ({relative:.3%})", allowed, bool(absolute <= at_most or relative <= part_at_most)
+    )
 
 
 def _shape(name: str, at: Values, one: Values, apart: Values, relative: Values, bounds: Bounds) -> list[_Check]:
     """Spikes and drift, where they are more than the bounds of the mean."""
+    kinds = "spikes of the difference", "drift of the difference over the run"
     if len(at) < FEWEST:
-        few = f"not looked for below {FEWEST} steps"
-        return [_Check(name, what, few, "none", True) for what in ("spikes", "drift")]
+        return [_Check(name, kind, f"not looked for in fewer than {FEWEST} steps") for kind in kinds]
     over = (np.abs(apart) > bounds.mean_absolute) & (relative > bounds.mean_relative)
     spikes = [int(step) for step in at[outliers(apart) & over]]
     moved, certain = drift(at, apart)
-    part = abs(moved) / float(np.abs(one).mean())
+    part = abs(moved) / float(np.abs(one).mean()) if moved else 0.0
     drifts = certain and abs(moved) > bounds.mean_absolute and part > bounds.mean_relative
-    trend = "a trend" if certain else "no more than chance"
-    bound = "none beyond the mean's bounds"
+    found = f"{moved:+.2e} ({part:.3%}), {'a trend' if certain else 'no more than chance'}"
+    allowed = f"none of more than {bounds.mean_absolute:.3g} and {bounds.mean_relative:.3%}"
     return [
-        _Check(name, "spikes of the difference", _some(spikes) if spikes else "none", bound, not spikes),
-        _Check(name, "drift of the difference over the run", f"{moved:+.2e} ({part:.3%}), {trend}", bound, not drifts),
+        _Check(name, kinds[0], _some(spikes) if spikes else "none", allowed, not spikes),
+        _Check(name, kinds[1], found, allowed, not drifts),
     ]
 
 
