@@ -38,7 +38,7 @@ class CudaOperations(CpuOperations):
     def __init__(self, grouped_kernel: bool = True) -> None:
         self.grouped_kernel = grouped_kernel
         # A kernel each, forward and backward, in fp32 inside: as written they would be a pass for each operator.
-        self.compiled_swiglu, self.compiled_rotary = Compiled(_PLAIN.swiglu), Compiled(_PLAIN.rotary)
+        self.compiled_swiglu, self.compiled_rotary = Compiled(_wide_swiglu), Compiled(_PLAIN.rotary)
 
     def grouped_mm(self, x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
         # Elsewhere F.grouped_mm waits for the counts and multiplies expert by expert. Ours does so for all dtypes and
@@ -100,6 +100,10 @@ class CudaOperations(CpuOperations):
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return result.transpose(1, 2)[..., :value_head]
+
+
+def _wide_swiglu(gate_up: Tensor, limit: Optional[float]) -> Tensor:
+    return _PLAIN.swiglu(gate_up.to(accumulation_dtype(gate_up.dtype)), limit).to(gate_up.dtype)
 
 
 def _swiglu(gate_up: Tensor, _no_limit: None) -> Tensor:

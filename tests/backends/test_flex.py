@@ -5,6 +5,7 @@ materialises all scores, differentiates the same function; the refusal is taken 
 """
 
 import gc
+import shutil
 import warnings
 
 import pytest
@@ -170,3 +171,20 @@ def test_an_error_of_the_device_is_no_failure_of_the_compiler(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         doubled(torch.ones(1))
     assert doubled.problem == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++ on the CPU")
+@pytest.mark.parametrize("operation", ["swiglu", "rotary"])
+def test_what_the_compiler_makes_of_a_formula_is_as_exact(monkeypatch, operation):
+    """By inductor on the CPU, which is another code generator than a GPU's, from the same graph."""
+    monkeypatch.setattr(compiled, "DEVICES", {"cpu"})
+    torch._dynamo.reset()
+    ops = CudaOperations()
+    for case in cases(operation):
+        if case.title.startswith(("usual", "a slice")):
+            for finding in measure(case.run, case.inputs(), torch.bfloat16, ops, torch.device("cpu")):
+                # Half an ulp: fp32 inside and rounded once. Another half where the case adds results up in bf16.
+                assert finding.passed and finding.errors.max_ulps < 1.1, (case.name, finding)
+    assert not ops.compiled_swiglu.problem and not ops.compiled_rotary.problem
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= 1
