@@ -1,17 +1,20 @@
 """Which backend this process uses, and what `moebius info` says of the others."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from backends.ascend import ascend_state
+from backends.ascend import AscendBackend
+from backends.ascend_state import ascend_problem
 from backends.base import DTYPES, Backend
 from backends.cpu import CpuBackend
 from backends.cuda import CudaBackend, cuda_problem
 from backends.errors import UserError
 
 NAMES = ("cpu", "cuda", "ascend")
+_ACCELERATED: dict[str, Callable[[int], Backend]] = {"cuda": CudaBackend, "ascend": AscendBackend}
 
 
 def select(name: str = "auto") -> Backend:
@@ -24,14 +27,13 @@ def select(name: str = "auto") -> Backend:
         UserError: the name is unknown, or the backend is not available here.
     """
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        name = {"cuda": "cuda", "npu": "ascend"}.get(accelerator.type if accelerator else "", "cpu")
+        name = _found()
     if name not in NAMES:
         raise UserError(f"backend: there is no {name!r}; use auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     problem = _problem(name)
     if problem:
         raise UserError(f"backend: {name!r} is not available here ({problem[0]}); {problem[1]}")
-    backend: Backend = CudaBackend(_local_rank()) if name == "cuda" else CpuBackend()
+    backend: Backend = CpuBackend() if name == "cpu" else _ACCELERATED[name](_local_rank())
     for variable, value in backend.environment().items():
         os.environ.setdefault(variable, value)  # before the first allocation and the first cuBLAS call
     return backend
@@ -42,8 +44,16 @@ def _problem(name: str) -> tuple[str, str] | None:
     if name == "cuda":
         return cuda_problem()
     if name == "ascend":
-        return ascend_state(), "this version of moebius has no Ascend operations yet; use backend=cpu or backend=cuda"
+        return ascend_problem()
     return None
+
+
+def _found() -> str:
+    """The accelerator that is here, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type == "cuda":
+        return "cuda"
+    return "cpu" if ascend_problem() else "ascend"
 
 
 def _local_rank() -> int:
