@@ -369,7 +369,7 @@ def _attention_grad(
     grad = dy.float()
     grad_v = torch.einsum("bnsl,bsnw->blnw", probabilities, grad)
     grad_probabilities = torch.einsum("bsnw,blnw->bnsl", grad, v)
-    lost = (grad * attention_in.float()).sum(-1).permute(0, 2, 1).unsqueeze(-1)
+    lost = (probabilities * grad_probabilities).sum(-1, keepdim=True)  # the same as dy times attention_in
     grad_scores = probabilities * (grad_probabilities - lost) * scale_value
     grad_q = torch.einsum("bnsl,blnd->bsnd", grad_scores, k)
     grad_k = torch.einsum("bnsl,bsnd->blnd", grad_scores, query.float())
