@@ -16,7 +16,7 @@ from backends import peak
 from backends.ascend_state import ENVIRONMENT
 from backends.base import Backend, MemoryStats, Slot
 from backends.cpu import CpuOperations
-from backends.functions import ascend, matmul
+from backends.functions import ascend, matmul, rows
 from backends.functions.rows import accumulation_dtype
 from backends.operations import ExpertOrder
 
@@ -41,8 +41,11 @@ class AscendOperations(CpuOperations):
 
     def grouped_mm(self, x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
         if len(counts_E) > _MOST_GROUPS:
-            return super().grouped_mm(x_TI, weight_EOI, counts_E)
+            return matmul.grouped_mm(x_TI, weight_EOI, counts_E, x_TI.dtype)
         return ascend.grouped_mm(x_TI, weight_EOI, counts_E)
+
+    def sort_by_expert(self, experts_TK: Tensor, num_experts: int, dropping: bool = True) -> ExpertOrder:
+        return rows.sort_without_waiting(experts_TK, num_experts, dropping)
 
     def permute(self, x_TH: Tensor, order: ExpertOrder) -> Tensor:
         if order.dropped or not _fits(x_TH) or not _sortable(order):
@@ -173,7 +176,7 @@ class AscendBackend(Backend):
         return {
             "linear": Slot("torch mm"),
             "grouped_mm": Slot("npu_grouped_matmul", "one local expert or no rows: torch mm"),
-            "sort_by_expert": Slot("stable argsort"),
+            "sort_by_expert": Slot("stable sort, searchsorted"),
             "permute": Slot("npu_moe_token_permute", "gather where choices are dropped (capacity_factor)"),
             "unpermute": Slot(
                 "npu_moe_token_unpermute",

@@ -55,14 +55,14 @@ class HostExecutor(TorchDispatchMode):
             raise NotImplementedError(f"{func} has no reference in tests/ascend/operators.py")
         if namespace == "aten":
             self._check(func, flat)
-            if not _has_kernel(func, NPU):  # made of other operators, which are looked at in their turn
-                with self:
+            if _has_kernel(func.name(), _EXPLICIT) and not _has_kernel(func.name(), NPU):
+                with self:  # it is made of other operators, which are looked at in their turn
                     return func._op_dk(getattr(torch._C.DispatchKey, _EXPLICIT), *args, **kwargs)
         return self._on_host(func, func, args, kwargs, device)
 
     def _check(self, func: Any, flat: list[Any]) -> None:
         name = func._schema.name
-        if not (_has_kernel(func, NPU) or _has_kernel(func, _EXPLICIT)):
+        if not (_has_kernel(func.name(), NPU) or _has_kernel(func.name(), _EXPLICIT) or _structured(func)):
             raise Refused(f"{func}: torch_npu has no kernel for it")
         if name in _MULTIPLIES and any(_on_npu(x) and x.dtype == torch.float64 for x in flat):
             raise Refused(f"{func}: an NPU multiplies no fp64 matrices")
@@ -102,8 +102,16 @@ class HostExecutor(TorchDispatchMode):
         return tree_map(up, result)
 
 
-def _has_kernel(func: Any, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def _structured(func: Any) -> bool:
+    """Whether torch makes it of a form with ``out=``, and torch_npu has one of those."""
+    base = func._schema.name.removesuffix("_")
+    packet = getattr(torch.ops.aten, base.partition("::")[2])
+    forms = [f"{base}.{overload}" for overload in packet.overloads() if "out" in overload]
+    return _has_kernel(func.name(), _EXPLICIT + "NonFunctional") and any(_has_kernel(form, NPU) for form in forms)
 
 
 def _on_npu(x: Any) -> bool:

@@ -62,6 +62,11 @@ def _matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]
     return grad_self, (self.transpose(-1, -2) @ grad).sum_to_size(other.shape)
 
 
+@_named("npu::npu_gather_backward")
+def _gather_backward(grad: Tensor, self_size: list[int], dim: int, index: Tensor, sparse_grad: bool) -> Tensor:
+    return grad.new_zeros(self_size).scatter_add(dim, index, grad)
+
+
 @_named("aten::mm.dtype")
 def _mm_wide(self: Tensor, mat2: Tensor, out_dtype: torch.dtype) -> Tensor:
     _need(self.dtype == mat2.dtype and self.dtype.itemsize == 2 and out_dtype == torch.float32, "16 bits to fp32")
