@@ -6,7 +6,7 @@ of this without an NPU, and what has not.
 Shape suffixes as in ``backends/operations.py``.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +172,20 @@ class AscendBackend(Backend):
     def environment(self) -> dict[str, str]:
         return super().environment() | ENVIRONMENT
 
+    def group_options(self, axis: str) -> Any:
+        if axis not in ("pp", "ep"):
+            return None
+        from torch_npu._C._distributed_c10d import ProcessGroupHCCL
+
+        options = ProcessGroupHCCL.Options()
+        options.is_high_priority_stream = True  # a rank waits for what it is sent over these: they go ahead
+        return options
+
     def slots(self) -> dict[str, Slot]:
+        return self.planned()
+
+    @classmethod
+    def planned(cls) -> dict[str, Slot]:
         return {
             "linear": Slot("torch mm"),
             "grouped_mm": Slot("npu_grouped_matmul", "one local expert or no rows: torch mm"),

@@ -46,12 +46,12 @@ def _package_problem() -> tuple[str, str] | None:
 
 
 def _cann_problem() -> tuple[str, str] | None:
+    if not os.environ.get("ASCEND_HOME_PATH"):  # DeepSpeed reads it too
+        return "CANN is not set up (ASCEND_HOME_PATH is not set)", _SETUP
     try:
         ctypes.CDLL("libascendcl.so")
     except OSError as error:
-        where = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
-        told = f"though ASCEND_HOME_PATH is {where}" if where else "and ASCEND_HOME_PATH is not set"
-        return f"CANN cannot be loaded, {told}: {_first_line(error)}", _SETUP
+        return f"CANN at ASCEND_HOME_PATH={os.environ['ASCEND_HOME_PATH']} cannot be loaded: {error}", _SETUP
     return None
 
 

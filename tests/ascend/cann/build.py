@@ -16,7 +16,8 @@ HOLDER = "libascendcl.so"  # has all symbols; the others only have their names
 
 def build(folder: Path) -> None:
     """Write the libraries into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("opp", "runtime", "compiler"):  # torch_npu looks whether they are there
+        (folder / part).mkdir(parents=True, exist_ok=True)
     package = Path(importlib.util.find_spec("torch_npu").submodule_search_locations[0])
     torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
     ours = [package / "lib" / f"lib{name}.so" for name in ("torch_npu", "tensorpipe", "npu_profiler")]
