@@ -50,7 +50,7 @@ def record(config: Config, where: str, folder: Path, steps: int = STEPS, noise: 
     Raises:
         UserError: what the config, the files or the machine cannot do.
     """
-    config = replace(config, run_dir=str(folder))
+    config = replace(config, run_dir=str(folder / "run"))  # which nobody writes
     still = replace(config, optimizer=replace(config.optimizer, lr=0.0))
     readings = Readings()
     run = _pass("train", config, where, steps, readings)

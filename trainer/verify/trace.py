@@ -20,6 +20,7 @@ from trainer.verify.sums import WIDTH
 
 HEADER, NUMBERS = "trace.json", "trace.npz"
 FORMAT = 1
+_SAME_AT_FIRST = ("forward", "loss", "contribution", "gradient")  # both runs begin with the same step
 
 
 @dataclass
@@ -133,6 +134,8 @@ def joined(readings: Readings, disagreements: list[Disagreement], header: Header
     for key, row in readings.rows.items():
         if key.kind == "weight" and key.step > 0:  # sketches are linear: the change needs no copy of the weights
             rows[key._replace(kind="update")] = row - readings.rows[key._replace(step=key.step - 1)]
+    for again in [key for key in rows if key.run == "still" and key.step == 1 and key.kind in _SAME_AT_FIRST]:
+        del rows[again]
     header.order = sorted(readings.order, key=lambda name: readings.order[name])
     header.parameters = parameters
     header.disagreements = disagreements

@@ -1,0 +1,2 @@
+"""Faults to plant."""
+FAULTS = {}
