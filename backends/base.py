@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,6 +77,15 @@ class Backend(ABC):
     @abstractmethod
     def slots(self) -> dict[str, Slot]:
         """The implementation behind each operation."""
+
+    def group_options(self, axis: str) -> Any:
+        """Options of the distributed backend for the process groups of one axis of the mesh: pp, edp, ep or dp.
+
+        Returns:
+            a new ``torch.distributed`` ``Backend.Options`` at each call, because torch writes into it; None for the
+            default ones.
+        """
+        return None
 
     def set_deterministic(self, on: bool) -> None:
         """Refuse (or allow again) operations whose result varies from run to run.

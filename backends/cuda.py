@@ -163,6 +163,12 @@ class CudaBackend(Backend):
             "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         }
 
+    def group_options(self, axis: str) -> Any:
+        if axis not in ("pp", "ep"):
+            return None
+        # A rank waits for what it is sent over these before it can compute on, so they go ahead of computation.
+        return torch.distributed.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+
     def slots(self) -> dict[str, Slot]:
         narrow = "" if self.native(torch.bfloat16) else "bf16 is emulated: compute capability below 8.0"
         return {

@@ -1,9 +1,11 @@
 """Command-line arguments that several commands share."""
 
 import argparse
+import importlib
 import shutil
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from keyword import iskeyword
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +21,37 @@ class Parser(argparse.ArgumentParser):
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         super().exit(written(status), message)
+
+
+def choose(
+    prog: str, description: str, commands: Mapping[str, str], epilog: str, package: str, argv: list[str], **more: str
+) -> int:
+    """Run ``<prog> <command> ...``; each is the ``main(argv)`` of the module of its name in ``package``.
+
+    A command that is a keyword of Python is the module with ``_`` behind its name. Without a command this prints help.
+
+    Args:
+        commands: what each does.
+        epilog: follows their list in the help.
+        more: flags that print a text and end, and their texts.
+    """
+    listed = "\n".join(f"  {name:<13}{what}" for name, what in commands.items())
+    parser = Parser(
+        prog=prog,
+        description=description,
+        epilog=f"commands:\n{listed}\n\n{epilog}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for flag, text in more.items():
+        parser.add_argument(f"--{flag}", action="version", version=text)
+    parser.add_argument("command", metavar="command", choices=commands, help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own arguments")
+    if not argv:
+        parser.print_help()
+        return USER_ERROR
+    chosen = parser.parse_args(argv)
+    module = f"{chosen.command}_" if iskeyword(chosen.command) else chosen.command
+    return importlib.import_module(f"{package}.{module}").main(chosen.arguments)
 
 
 class KeysParser(Parser):

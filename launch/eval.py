@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import KeysParser, add_checkpoint, checkpoint_place
@@ -44,12 +45,14 @@ def _eval(args: argparse.Namespace) -> int:
     given = {name for _, name, _ in from_overrides(args.overrides)}
     for name in sorted(given.difference(_keys())):
         raise UserError(f"command line: {name}: is no key of an evaluation; use {', '.join(_keys())}")
-    place = checkpoint_place(args)
+    from trainer.checkpoint.folder import located
+
+    checkpoint = located(checkpoint_place(args))  # a mistake here need not wait for torch
 
     from launch.show import announce_preparations, console, table
 
     announce_preparations()
-    name, found = _evaluated(place, args.overrides, given, args.backend)
+    name, found = _evaluated(checkpoint, args.overrides, given, args.backend)
     figures = {**vars(found), "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}
     if args.json:
         print(json.dumps({"checkpoint": name, **figures}, indent=2))
@@ -61,7 +64,7 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluated(place: str, overrides: list[str], given: set[str], backend_name: str) -> "tuple[str, Evaluation]":
+def _evaluated(checkpoint: Path, overrides: list[str], given: set[str], backend_name: str) -> "tuple[str, Evaluation]":
     """The name of the checkpoint, and what the evaluation found."""
     from dataclasses import replace
 
@@ -72,13 +75,12 @@ def _evaluated(place: str, overrides: list[str], given: set[str], backend_name: 
     from parallel.config import ParallelConfig
     from parallel.topology import joined
     from trainer.build import pipeline_around
-    from trainer.checkpoint.folder import CONFIG, located
+    from trainer.checkpoint.folder import CONFIG
     from trainer.checkpoint.inference import model_and_tokenizer
     from trainer.config.load import load_with_origins
     from trainer.data import open_evaluation
     from trainer.evaluation import evaluate
 
-    checkpoint = located(place)
     where = str(checkpoint / CONFIG)
     # There is no global batch, which a sequence of another length would have to fit.
     config, origins = load_with_origins(where, [*overrides, "train.global_batch_tokens=${data.sequence_length}"])

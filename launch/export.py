@@ -38,10 +38,16 @@ def main(argv: list[str]) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from trainer.checkpoint.folder import check_vacant, located
+
+    checkpoint = located(args.source)  # mistakes that need not wait for torch
+    check_vacant(Path(args.target))
+
     from trainer.convert import export_weights
 
-    files = export_weights(args.source, Path(args.target), args.dtype, args.family, args.file_size)
-    print(f"{args.target}: {files} file{'s' * (files > 1)} of weights, config.json and tokenizer")
+    done = export_weights(checkpoint, Path(args.target), args.dtype, args.family, args.file_size)
+    files = f"{done.files} file{'s' * (done.files > 1)}"
+    print(f"{args.target}: {files} of {done.dtype} weights of a {done.family} model, config.json and tokenizer")
     return 0
 
 

@@ -23,6 +23,12 @@ def main(argv: list[str]) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
+    from trainer.checkpoint.folder import check_vacant
+    from trainer.convert.published import check_folder
+
+    check_vacant(Path(args.target))  # mistakes that need not wait for torch
+    check_folder(Path(args.source))
+
     from trainer.convert import import_weights
     from trainer.metrics.units import si
 

@@ -108,6 +108,7 @@ def _what_next(run_dir: Path, config: str, prompts: list[str]) -> None:
     moebius = _moebius()
     print("Try next:")
     print(f"  {moebius} generate --run {run_dir} --prompt {shlex.quote(prompts[0] if prompts else '')}")
+    print(f"  {moebius} eval --run {run_dir}")
     print(f"  {moebius} plot {run_dir} --out loss.png")
     print(f"  {moebius} params --config {config}")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -100,8 +100,14 @@ _laid: dict[tuple[tuple[int, int, int], bool], Topology] = {}
 def _lay(backend: Backend, shape: tuple[int, int, int], overlaps: bool, limit: timedelta) -> Topology:
     """The mesh of that shape over all ranks."""
     world = dist.get_world_size()
-    mesh = init_device_mesh(backend.device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
-    flat = mesh["edp", "ep"]._flatten("dp") if world > 1 else None
+    names = ("pp", "edp", "ep")
+    options: dict[int | str, Any] = {}
+    for name, size in zip(names, shape, strict=True):
+        special = backend.group_options(name)
+        if size > 1 and special is not None:
+            options[name] = special
+    mesh = init_device_mesh(backend.device.type, shape, mesh_dim_names=names, backend_override=options or None)
+    flat = mesh["edp", "ep"]._flatten("dp", backend.group_options("dp")) if world > 1 else None
     for part in (mesh, flat) if flat else (mesh,):
         for group in part.get_all_groups():
             _set_pg_timeout(limit, group)  # a mesh gives its groups torch's own limit
@@ -116,7 +122,8 @@ def _lay(backend: Backend, shape: tuple[int, int, int], overlaps: bool, limit: t
     backward = ep
     if overlaps and ep.size > 1:
         # Two threads cannot keep to one order of calls on one group.
-        own, _ = dist.new_subgroups_by_enumeration(mesh.mesh.view(-1, ep.size).tolist())
+        ranks = mesh.mesh.view(-1, ep.size).tolist()
+        own, _ = dist.new_subgroups_by_enumeration(ranks, pg_options=backend.group_options("ep"))
         assert own is not None
         backward = Axis(own, ep.rank, ep.size)
     return Topology(mesh, dist.get_rank(), world, axis("pp"), axis("edp"), ep, backward, dp, everyone)

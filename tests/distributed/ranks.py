@@ -1,16 +1,27 @@
-"""Starts real processes: a free port each time, a time limit, and nothing left behind."""
+"""Starts real processes: a free port each time, a time limit, and nothing left behind.
+
+Ranks of :func:`run_ranks` are forked by one process that has imported torch and DeepSpeed, which spares each start five
+seconds. Those of :func:`end_of_ranks`, which is for how a process ends, are processes as a launcher starts them.
+"""
 
 import contextlib
+import faulthandler
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from parallel import topology
 
@@ -37,7 +48,7 @@ def run_ranks(world: int, module: str, *arguments: str, timeout: float = 240) ->
     killed with everything they started.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ended = end_of_ranks(world, module, *arguments, timeout=timeout, results=folder)
+        ended = _ended(_forked, world, (module, *arguments), timeout, grace=2, results=folder)
         codes = [code for code, _ in ended]
         if any(codes):
             # Others fail because one left: it is the one whose log does not complain of another.
@@ -47,16 +58,25 @@ def run_ranks(world: int, module: str, *arguments: str, timeout: float = 240) ->
         return [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(world)]
 
 
-def end_of_ranks(
-    world: int, module: str, *arguments: str, timeout: float = 240, grace: float = 2, results: str = os.devnull
-) -> list[tuple[int, str]]:
+def end_of_ranks(world: int, module: str, *arguments: str, timeout: float, grace: float) -> list[tuple[int, str]]:
     """Exit code and output of every rank of ``python -m module *arguments``; none is left when this returns.
 
-    Ranks have ``grace`` seconds to say what they saw when another has failed. $RESULT is a file in ``results``.
+    Ranks have ``grace`` seconds to say what they saw when another has failed.
     """
+    return _ended(_started, world, (module, *arguments), timeout, grace, results=os.devnull)
+
+
+Rank = subprocess.Popen | ForkServerProcess
+Start = Callable[[Sequence[str], dict[str, str], str], Rank]
+
+
+def _ended(
+    start: Start, world: int, command: Sequence[str], timeout: float, grace: float, results: str
+) -> list[tuple[int, str]]:
+    """As :func:`end_of_ranks`; $RESULT is a file in ``results``."""
     with tempfile.TemporaryDirectory() as folder:
         port = str(free_port())
-        processes = []
+        ranks: list[Rank] = []
         for rank in range(world):
             where = environment(
                 RANK=str(rank),
@@ -66,40 +86,74 @@ def end_of_ranks(
                 MASTER_PORT=port,
                 RESULT=f"{results}/{rank}.json",
             )
-            with open(f"{folder}/{rank}.log", "wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", module, *arguments],
-                        cwd=ROOT,
-                        env=where,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
+            ranks.append(start(command, where, f"{folder}/{rank}.log"))
         try:
-            codes = _wait(processes, timeout, grace)
+            codes = _wait(ranks, timeout, grace)
         finally:
-            for process in processes:
+            for process in ranks:
                 stop(process)
         return [(code, Path(f"{folder}/{rank}.log").read_text()) for rank, code in enumerate(codes)]
 
 
-def _wait(processes: list[subprocess.Popen], timeout: float, grace: float) -> list[int]:
+def _started(command: Sequence[str], where: dict[str, str], log: str) -> Rank:
+    """A process as a launcher starts it."""
+    with open(log, "wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env=where,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _forked(command: Sequence[str], where: dict[str, str], log: str) -> Rank:
+    """A child of the process that has what ranks import; that one is started once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preload"])
+    with mock.patch.dict(os.environ, environment(DS_ACCELERATOR="cpu"), clear=True):  # libgomp reads it when it loads
+        multiprocessing.forkserver.ensure_running()
+    process = context.Process(target=_be_rank, args=(command, where, log))
+    process.start()
+    return process
+
+
+def _be_rank(command: Sequence[str], where: dict[str, str], log: str) -> None:
+    """``python -m command``, in a session of its own."""
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(where)
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    faulthandler.enable()
+    sys.argv = list(command)
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+
+
+def _wait(ranks: list[Rank], timeout: float, grace: float) -> list[int]:
     """Exit codes; returns soon after a rank has failed, as the others may wait for it for ever."""
     end = time.monotonic() + timeout
-    while time.monotonic() < end and any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
+    while time.monotonic() < end and None in (codes := [_code(rank) for rank in ranks]):
+        if any(codes):
             end = min(end, time.monotonic() + grace)
-        time.sleep(0.05)
-    return [TIMED_OUT if process.poll() is None else process.returncode for process in processes]
+        time.sleep(0.02)
+    return [TIMED_OUT if (code := _code(rank)) is None else code for rank in ranks]
 
 
-def stop(process: subprocess.Popen) -> None:
+def _code(rank: Rank) -> int | None:
+    return rank.poll() if isinstance(rank, subprocess.Popen) else rank.exitcode
+
+
+def stop(process: Rank) -> None:
     """Kill a process and its session."""
+    assert process.pid is not None
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()  # it may not have come as far as a session of its own
+    process.wait() if isinstance(process, subprocess.Popen) else process.join()
 
 
 def run_alone(command: list[str], folder: Path, env: dict[str, str], timeout: float = 120) -> tuple[int, str]:

@@ -69,7 +69,7 @@ INSIDE = {
 STARTED = {
     TRAIN: Started(TINY, shows="A sample of what the model writes, after the beginnings of held-out documents:"),
     "moebius train --config configs/tiny.yaml --resume": Started(
-        (*TINY, "train.steps=3"), needs=TRAIN, shows="resuming after step 2"
+        (*TINY, "train.steps=3"), needs=TRAIN, shows="from step 2 on"
     ),
     "moebius train --config configs/mine.yaml --sample": Started(TINY),
     EXPORT: Started((), needs=TRAIN, shows="config.json and tokenizer", trains=False),

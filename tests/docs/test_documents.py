@@ -177,7 +177,8 @@ def test_links_lead_somewhere(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_what_is_named_exists(document):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    commands = "".join(path.read_text() for folder in ("launch", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+    scripts = [path for folder in ("launch", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    commands = "".join(path.read_text() for path in scripts)
     for span in spans(document):
         problem = f"{document.name}: `{span}`"
         for target in re.findall(r"\bmake ([a-z-]+)", span):

@@ -118,6 +118,12 @@ def publish(run_dir: str | Path, step: int) -> Path:
     return final
 
 
+def check_vacant(target: Path) -> None:
+    """Raise a :class:`UserError` if there is something already."""
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target}: exists; choose another folder")
+
+
 @contextmanager
 def appearing(target: Path) -> Iterator[Path]:
     """A hidden folder beside ``target``, which gets that name at once when all is in it, and goes when that fails.
@@ -125,8 +131,7 @@ def appearing(target: Path) -> Iterator[Path]:
     Raises:
         UserError: ``target`` exists, or could not be written.
     """
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target}: exists; choose another folder")
+    check_vacant(target)
     hidden = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(hidden, ignore_errors=True)  # of a killed process

@@ -67,7 +67,8 @@ def load_initial(checkpoint: Path, model: MoETransformer, engine: Engine, config
 
     def fill() -> None:
         manifest.check_sizes(checkpoint, _ANEW)
-        check_same_model(checkpoint, config, where, f"use the model of {checkpoint / CONFIG}", _PRECISION)
+        remedy = f"use the model of {checkpoint / CONFIG}"
+        check_same_model(checkpoint, config, f"{where}: checkpoint.initial", remedy, _PRECISION)
         read(checkpoint, initial(model, engine), _ANEW)
 
     together(fill)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -25,8 +25,21 @@ from trainer.convert.settings import config_to, family_of
 from trainer.data.tokenizer import saved_tokenizer
 from trainer.precision import weights_dtype
 
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # as config.json calls them
 
-def export_weights(place: str, target: Path, precision: str | None, family: str | None, file_bytes: int) -> int:
+
+@dataclass(frozen=True)
+class Exported:
+    """What to tell about an export."""
+
+    family: str
+    dtype: str
+    files: int
+
+
+def export_weights(
+    place: str | Path, target: Path, precision: str | None, family: str | None, file_bytes: int
+) -> Exported:
     """Write the model of a checkpoint as published weights.
 
     Args:
@@ -34,9 +47,6 @@ def export_weights(place: str, target: Path, precision: str | None, family: str 
         precision: "fp32" or "bf16"; None: what the model was trained in.
         family: one of ``FAMILIES``; None: the one that the weights came from, or else the first that has such models.
         file_bytes: largest file, unless a tensor is larger.
-
-    Returns:
-        the number of files with weights.
 
     Raises:
         UserError: there is no whole checkpoint; ``target`` exists; the family has no such models.
@@ -62,7 +72,7 @@ def export_weights(place: str, target: Path, precision: str | None, family: str 
         _hand_on(checkpoint, hidden, original, config, found, keys, dtype)
         for path in hidden.iterdir():
             sync(path)
-    return len(files)
+    return Exported(found.name, _DTYPES[dtype], len(files))
 
 
 def _original(checkpoint: Path, config: Config) -> Path | None:
@@ -160,8 +170,7 @@ def _hand_on(
             number = saved_tokenizer(checkpoint / TOKENIZER, end).end_of_document
             defaults |= {"bos_token_id": None, "eos_token_id": number, "pad_token_id": None}
             _json(hidden / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
-    name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
-    _json(hidden / published.CONFIG, {**defaults, **theirs, **keys, "torch_dtype": name})
+    _json(hidden / published.CONFIG, {**defaults, **theirs, **keys, "torch_dtype": _DTYPES[dtype]})
 
 
 def _json(path: Path, content: dict[str, Any]) -> None:

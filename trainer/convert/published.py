@@ -1,5 +1,7 @@
 """A folder in the Hugging Face format that is read: config.json, safetensors files, and what comes with them."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Iterator
@@ -7,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from backends.errors import UserError
 from trainer.checkpoint.folder import FOLDER, STATE
+
+if TYPE_CHECKING:  # a mistake in the command line is found without it
+    import torch
+    from torch import Tensor
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
@@ -33,7 +36,7 @@ _COMPANIONS = (
     "LICENSE",
     "*.py",
 )
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _QUANTISED = ("_scale_inv", "_scales", "_blocks", ".qweight", ".weight_scale", ".weight_packed")
 
 
@@ -57,6 +60,17 @@ def check_installed() -> None:
         raise UserError("safetensors: is not installed; install it with pip install safetensors")
 
 
+def check_folder(folder: Path) -> None:
+    """Raise a :class:`UserError` if this can be no folder of published weights. Needs no torch."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; give one with config.json and safetensors files")
+    if (folder / STATE).is_file() or (folder / FOLDER).is_dir():
+        remedy = "generate, eval, export and checkpoint.initial take it as it is"
+        raise UserError(f"{folder}: is a checkpoint or run directory of moebius already; {remedy}")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder / CONFIG}: cannot be read (No such file or directory); fetch it again")
+
+
 def companions(folder: Path) -> list[Path]:
     """What comes with the weights, besides tokenizer.json."""
     return sorted(path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file())
@@ -70,11 +84,7 @@ class Published:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: there is no such folder; give one with config.json and safetensors files")
-        if (folder / STATE).is_file() or (folder / FOLDER).is_dir():
-            remedy = "generate, eval, export and checkpoint.initial take it as it is"
-            raise UserError(f"{folder}: is a checkpoint or run directory of moebius already; {remedy}")
+        check_folder(folder)
         self.folder = folder
         self.config = self.json(CONFIG)
         self.tensors: dict[str, Stored] = {}
@@ -127,6 +137,8 @@ class Published:
         return [WEIGHTS]
 
     def _list(self, file: str) -> None:
+        import torch
+
         with self.opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 part = tensors.get_slice(name)
@@ -137,4 +149,4 @@ class Published:
                     raise UserError(f"{where}: is in {self.tensors[name].file} as well; fetch the files again")
                 if part.get_dtype() not in _FLOATS:
                     raise UserError(f"{where}: is {part.get_dtype()}; convert it to bf16 first")
-                self.tensors[name] = Stored(file, tuple(part.get_shape()), _FLOATS[part.get_dtype()])
+                self.tensors[name] = Stored(file, tuple(part.get_shape()), getattr(torch, _FLOATS[part.get_dtype()]))

@@ -1,5 +1,6 @@
 """What every picture of ours begins and ends with."""
 
+import io
 from typing import Any
 
 from backends.errors import UserError
@@ -24,12 +25,23 @@ def save(figure: Any, out: str) -> None:
     Raises:
         UserError: ``out`` cannot be written, or its suffix names no format.
     """
-    from matplotlib import rc_context
-
-    svg = out.endswith(".svg")
     try:
-        # Text stays text, in one font: smaller, and it can be searched.
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "moebius", "font.sans-serif": ["DejaVu Sans"]}):
-            figure.savefig(out, metadata={"Date": None} if svg else None)
+        with _settings():
+            figure.savefig(out, metadata={"Date": None} if out.endswith(".svg") else None)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {out}: {error}; give a writable .png, .svg or .pdf file") from None
+
+
+def svg_of(figure: Any) -> str:
+    """The text of an SVG file without a background."""
+    file = io.StringIO()
+    with _settings():
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return file.getvalue()
+
+
+def _settings() -> Any:
+    """Text stays text, in one font: smaller, and it can be searched."""
+    from matplotlib import rc_context
+
+    return rc_context({"svg.fonttype": "none", "svg.hashsalt": "moebius", "font.sans-serif": ["DejaVu Sans"]})

@@ -26,7 +26,11 @@ _GAP = "  "
 
 
 def figures(record: dict[str, Any], total_steps: int) -> list[str]:
-    """The figures of a step record for one line, each of its own width; those it lacks are left out."""
+    """The figures of a step record for one line, each of its own width; those it lacks are left out.
+
+    The loss is the language model's alone where that was recorded, as it is in validation.
+    """
+    record = {**record, "loss": record.get("lm_loss", record.get("loss"))}
     step = f"step {record['step']:>{len(str(total_steps))}}/{total_steps}"
     return [step, *(show(record[name]) for name, show in _COLUMNS if record.get(name) is not None)]
 
@@ -43,10 +47,8 @@ def describe_evaluation(record: dict[str, Any]) -> str:
 class Lines:
     """One line a record, for files and pipes."""
 
-    def __init__(self, total_steps: int, start_step: int, stream: TextIO) -> None:
+    def __init__(self, total_steps: int, stream: TextIO) -> None:
         self._total, self._stream = total_steps, stream
-        if start_step:
-            self.message(f"resuming after step {start_step}")
 
     def step(self, record: dict[str, Any]) -> None:
         self.message(_GAP.join(figures(record, self._total)))
@@ -105,4 +107,4 @@ class ProgressLine:
 def open_screen(total_steps: int, start_step: int, stream: TextIO | None = None) -> Lines | ProgressLine:
     """The progress line if ``stream`` (default: standard output) is a terminal, plain lines otherwise."""
     stream = stream or sys.stdout
-    return (ProgressLine if stream.isatty() else Lines)(total_steps, start_step, stream)
+    return ProgressLine(total_steps, start_step, stream) if stream.isatty() else Lines(total_steps, stream)

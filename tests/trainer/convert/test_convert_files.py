@@ -220,7 +220,7 @@ def test_the_commands_know_an_imported_checkpoint(
     assert (
         main(["export", "--from", str(tmp_path / "weights"), "--to", str(tmp_path / "out"), "--file-size", "9KB"]) == 0
     )
-    assert re.search(r"out: \d+ files of weights", capfd.readouterr().out)
+    assert re.search(r"out: \d+ files of \w+ weights of a deepseek_v3 model", capfd.readouterr().out)
     with pytest.raises(SystemExit, match="2"):
         main(["export", "--from", "x", "--to", "y", "--file-size", "big"])
     assert "'big' is no size" in capfd.readouterr().err
@@ -279,7 +279,7 @@ class TestTraining:
             (["checkpoint.initial=nowhere"], r"config.yaml: checkpoint.initial: nowhere: holds no checkpoint"),
             (
                 ["model.hidden_size=24"],
-                r"config.yaml: model.hidden_size: is 24, but the checkpoint .* is of a model with 12; use the model of",
+                r"config.yaml: checkpoint.initial: model.hidden_size: is 24, but .* is of a model with 12; use the",
             ),
         ],
     )

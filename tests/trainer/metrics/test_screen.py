@@ -30,7 +30,7 @@ STEP = {
 
 def test_a_plain_line_holds_the_figures_in_human_units():
     stream = io.StringIO()
-    Lines(2000, 0, stream).step(STEP)
+    Lines(2000, stream).step(STEP)
     assert stream.getvalue() == (
         "step   20/2000  loss  8.3174  left 12m 30s  1.02k tok/s  MFU 33.1%  grad   1.234  lr 6.00e-05    0.81 GiB\n"
     )
@@ -38,7 +38,7 @@ def test_a_plain_line_holds_the_figures_in_human_units():
 
 def test_plain_lines_align_from_step_to_step():
     stream = io.StringIO()
-    lines = Lines(2000, 0, stream)
+    lines = Lines(2000, stream)
     lines.step(STEP)
     lines.step(STEP | {"step": 1500, "loss": 11.5, "grad_norm": 120.0, "tokens_per_second": 998.2, "seconds_left": 9.0})
     first, second = stream.getvalue().splitlines()
@@ -47,14 +47,14 @@ def test_plain_lines_align_from_step_to_step():
 
 def test_the_first_step_has_no_speed_yet():
     stream = io.StringIO()
-    Lines(10, 0, stream).step({"step": 1, "loss": 8.0, "lr": 1e-5})
+    Lines(10, stream).step({"step": 1, "loss": 8.0, "lr": 1e-5})
     assert stream.getvalue() == "step  1/10  loss  8.0000  lr 1.00e-05\n"
 
 
-def test_a_resumed_run_says_so():
+def test_the_loss_is_what_validation_measures():
     stream = io.StringIO()
-    Lines(10, 4, stream)
-    assert stream.getvalue() == "resuming after step 4\n"
+    Lines(10, stream).step({"step": 2, "loss": 9.0, "lm_loss": 7.0, "mtp_loss": 6.0})
+    assert stream.getvalue() == "step  2/10  loss  7.0000\n"
 
 
 PROGRAM = f"""

@@ -1,0 +1,14 @@
+"""`moebius verify`: whether two ways to train are the same, and where they part. A file for each subcommand."""
+
+from launch.arguments import choose
+
+COMMANDS = {
+    "run": "compare the metrics of two long runs",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run ``moebius verify <command> ...``; each is the ``main(argv)`` of the module of that name."""
+    description = "Compare operations, steps, layouts and whole runs with what they should be."
+    epilog = "Exit codes: 0 same, 1 different, 2 could not be compared. `moebius verify <command> --help` says more."
+    return choose("moebius verify", description, COMMANDS, epilog, "launch.verify", argv)
