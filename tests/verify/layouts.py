@@ -27,12 +27,17 @@ LAYOUTS = [
     Case("dp2", 2, "train.micro_batch_size=2"),
     Case("ep2", 2, "train.micro_batch_size=2 parallel.expert=2"),
     Case("dp2-zero2", 2, "train.micro_batch_size=2 parallel.zero=2"),
+    Case("pp2", 2, "train.micro_batch_size=2 parallel.pipeline=2 parallel.layers_per_stage=[2,2]"),
     Case("pp2-recompute", 2, "train.micro_batch_size=2 parallel.pipeline=2 train.activation_checkpointing=layer"),
     Case("zbv-pp2", 2, "train.micro_batch_size=2 parallel.pipeline=2 parallel.schedule=zbv"),
     Case("edp2-ep2", 4, "train.micro_batch_size=1 parallel.expert=2"),
     Case("pp2-ep2", 4, "train.micro_batch_size=1 parallel.pipeline=2 parallel.expert=2"),
-    Case("dualpipev-pp2-ep2", 4, "train.micro_batch_size=1 parallel.pipeline=2 parallel.schedule=dualpipev "
-         "parallel.expert=2 train.activation_checkpointing=layer"),
+    Case(
+        "dualpipev-pp2-ep2",
+        4,
+        "train.micro_batch_size=1 parallel.pipeline=2 parallel.schedule=dualpipev "
+        "parallel.expert=2 train.activation_checkpointing=layer",
+    ),
 ]
 
 

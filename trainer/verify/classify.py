@@ -12,7 +12,7 @@ from trainer.verify.readings import Key
 from trainer.verify.sums import COUNT, LARGEST, SAMPLED, SKETCH, SQUARE
 
 _CONSTANT = 1e-3  # of a ratio: relative spread below which it is one number
-_BF16 = 2.0**-8  # spacing of bf16 numbers, relative
+BF16 = 2.0**-8  # spacing of bf16 numbers, relative
 
 
 class Relation(NamedTuple):
@@ -29,7 +29,13 @@ class Relation(NamedTuple):
     @property
     def rounded(self) -> bool:
         """As far apart as rounding to bf16, once or a few times, would bring them."""
-        return abs(self.ratio - 1) < 4 * _BF16 and _BF16 / 32 < self.rest < 8 * _BF16
+        return abs(self.ratio - 1) < 4 * BF16 and BF16 / 32 < self.rest < 8 * BF16
+
+
+def multiple(ratio: float) -> bool:
+    """Whether it is a small whole number other than 1, or 1 divided by one, as counts of ranks and batches are."""
+    whole = ratio if abs(ratio) > 1 else 1 / ratio if ratio else math.nan
+    return 1.5 < abs(whole) < 2**16 and abs(whole - round(whole)) < _CONSTANT * abs(whole) / 2
 
 
 def relation(one: np.ndarray, other: np.ndarray) -> Relation:
@@ -75,7 +81,7 @@ def of_rows(one: np.ndarray, other: np.ndarray, layout: Mapping[str, int]) -> tu
     if in_bf16(other) and not in_bf16(one):
         return "precision", f"samples are numbers of bf16 in the second trace only, {found.rest:.1e} apart"
     if found.rounded:
-        return "precision", f"{found.rest:.1e} apart, as rounding to bf16 (2^-9 = {_BF16 / 2:.1e}) would give"
+        return "precision", f"{found.rest:.1e} apart, as rounding to bf16 (2^-9 = {BF16 / 2:.1e}) would give"
     return "other values", f"{found.rest:.1e} apart, rms {rms(other):.6g} instead of {rms(one):.6g}"
 
 
@@ -89,20 +95,26 @@ def of_reduction(pairs: Sequence[tuple[Key, np.ndarray, np.ndarray]], layout: Ma
         return "reduction scaling", f"{times(found.ratio, layout)} the first; {counted}"
     if in_bf16(pairs[0][2]) or found.rounded:
         return "precision", f"{found.rest:.1e} apart, as bf16 would be; {counted}"
-    share = [rms(other) / rms(one) for _, one, other in pairs if one[SQUARE]]
+    share = [rms(other) / rms(one) if one[SQUARE] else math.inf for _, one, other in pairs]
     over = "replicas of experts (edp)" if experts else "replicas (dp)"
     if max(share, default=1.0) < 1.5:
-        return f"missing reduction over the {over}", f"norm {share[0]:.3g} times in {name}, no constant factor; {counted}"
+        return (
+            f"missing reduction over the {over}",
+            f"norm {share[0]:.3g} times in {name}, no constant factor; {counted}",
+        )
     return "wrong reduction", f"norm {share[0]:.3g} times in {name}, no constant factor; {counted}"
 
 
-def permuted_experts(rows: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> str:
-    """Which experts of one tensor stand in each other's place, as ``0 is 3``; empty if that does not explain it."""
+def permuted_experts(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+    """Which experts of one tensor stand in each other's place, as ``0 is 3``; empty if that does not explain it.
+
+    ``rows`` has all of them, in order.
+    """
     places = []
-    for expert, (one, other) in rows.items():
+    for expert, (one, other) in enumerate(rows):
         if np.array_equal(one, other):
             continue
-        origin = next((there for there, (each, _) in rows.items() if np.array_equal(each, other)), None)
+        origin = next((there for there, (each, _) in enumerate(rows) if np.array_equal(each, other)), None)
         if origin is None:
             return ""
         places.append(f"{expert} is {origin}")

@@ -29,10 +29,10 @@ from trainer.verify.findings import (
 )
 from trainer.verify.places import backward_order, forward_place
 from trainer.verify.readings import Key
+from trainer.verify.sums import SUM
 from trainer.verify.tolerance import FIRST_LOSS, MEAN_LOSS, MEAN_NORM, Tolerance
 from trainer.verify.trace import Trace, load
 from trainer.verify.updates import of_bias, of_update
-from trainer.verify.sums import SUM
 
 _LOSSES = ("lm_loss", "mtp_loss", "aux_loss", "z_loss", "loss")
 
@@ -148,7 +148,9 @@ class _Pair:
         place = f"sequence {differing[0]}"
         if sorted(map(tuple, one)) == sorted(map(tuple, other)):
             return place, "data order", f"{count}, and are the same ones in another order"
-        fields = [name for index, name in enumerate(("tokens", "labels", "positions")) if (one != other)[:, index].any()]
+        fields = [
+            name for index, name in enumerate(("tokens", "labels", "positions")) if (one != other)[:, index].any()
+        ]
         if fields == ["labels"]:
             return place, "labels", f"{count}, in their labels only"
         if fields == ["positions"]:
@@ -165,10 +167,8 @@ class _Pair:
         count = f"{len(found)} of {len(keys)} tensors differ"
         stacked = first.name.partition("[")[0]
         if stacked != first.name:
-            rows = {
-                int(key.name[len(stacked) + 1 : -1]): self._rows(key) for key in keys if key.name.startswith(f"{stacked}[")
-            }
-            swapped = classify.permuted_experts(rows)
+            experts = [key for key in keys if key.name.startswith(f"{stacked}[")]
+            swapped = classify.permuted_experts([self._rows(key) for key in experts])
             if swapped:
                 return stacked, "swapped experts", f"expert {swapped}; {count}"
         if disagreement:
@@ -192,7 +192,7 @@ class _Pair:
         one, other = self._rows(first)
         place = {"lm_loss": "head", "mtp_loss": "mtp", "loss": "loss"}.get(first.name, first.name)
         kind, evidence = classify.of_rows(one, other, self.layout)
-        if kind == "scaling":
+        if kind == "scaling" and classify.multiple(other[SUM] / one[SUM]):
             return place, f"{first.name} is scaled", evidence
         values = f"{first.name} {other[SUM]:.7g} instead of {one[SUM]:.7g}"
         return place, "labels, or what the loss is divided by", f"{values}; every module gave the same before"
@@ -211,11 +211,21 @@ class _Pair:
                 if each.differs:
                     kind, evidence = self._evidence(each.key)
                     place, what = forward_place(name, last)
-                    if kind in ("precision", "not finite") or (kind == "scaling" and each.key.kind == "loss"):
-                        what = "the loss is scaled" if kind == "scaling" else kind
+                    what = self._forward_class(each.key, kind) or what
                     return place, what, f"{evidence}; first seen in {name}, equal up to {last or 'the tokens'}"
             last = name
         return None
+
+    def _forward_class(self, key: Key, kind: str) -> str:
+        """What the numbers say for certain; empty where the place says more."""
+        if kind == "not finite" or (kind == "precision" and classify.in_bf16(self.other.rows[key])):
+            return kind
+        scaled = key.kind == "loss" and kind == "scaling"
+        return (
+            "the loss is scaled"
+            if scaled and classify.multiple(self.other.rows[key][SUM] / self.one.rows[key][SUM])
+            else ""
+        )
 
     def _evidence(self, key: Key) -> tuple[str, str]:
         if key not in self.other.rows:
@@ -247,6 +257,8 @@ class _Pair:
             f"{len(flipped)} of {len(one)} tokens chose other experts ({changed} choices), token {wrong[0]} first; "
             f"margins up to {worst:.2g}, where rounding moves them by {self.tolerance.margin:.0e} at most"
         )
+        if worst < classify.BF16:
+            return name, "routing flips of the size of bf16: precision of the scores", evidence
         return name, "routing flip, not by a tie", evidence
 
     def _backward(self, run: str, step: int) -> tuple[str, str, str] | None:
@@ -285,8 +297,8 @@ class _Pair:
                 values = f"{other[SUM]:.6g} instead of {one[SUM]:.6g}"
                 return "gradient norm", "norm of a part of the gradients", f"{values}, from the same gradients"
             if each.differs and each.key.name == "lr":
-                values = [float(row[SUM]) for row in self._rows(each.key)]
-                return "learning rate", "learning-rate schedule", f"{values[1]:.6g} instead of {values[0]:.6g}"
+                was, rate = (float(row[SUM]) for row in self._rows(each.key))
+                return "learning rate", "learning-rate schedule", f"{rate:.6g} instead of {was:.6g}"
         if run in self.loose:
             return self._disagreement(run, step, "replica", "bias", "load")
         for kind in ("exp_avg", "exp_avg_sq", "update"):
@@ -339,5 +351,3 @@ class _Pair:
     def _relative(self, key: Key) -> float:
         one, other = (float(row[SUM]) for row in self._rows(key))
         return abs(other - one) / abs(one) if one else abs(other)
-
-

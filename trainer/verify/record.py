@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.engine import Shard
 from parallel.pipeline.order import check
 from trainer.config.catalogue import sections
 from trainer.config.schema import Config
@@ -86,10 +87,10 @@ def _pass(name: str, config: Config, where: str, steps: int, readings: Readings)
         with forward.watched(micro_batches, first):
             step.train(micro_batches[::-1] if name == NOISE else micro_batches)
         for shard in run.engine.contributions():
-            _read_parameter(run, "contribution", shard.name, shard.state["gradient"], shard.offset, shard.whole, readings)
+            _read_parameter("contribution", shard, shard.state["gradient"], run, readings)
         step.reduce()
         for shard in run.engine.reduced():
-            _read_parameter(run, "gradient", shard.name, shard.state["gradient"], shard.offset, shard.whole, readings)
+            _read_parameter("gradient", shard, shard.state["gradient"], run, readings)
         found = step.update(number, lambda: False)
         _read_state(run, readings)
         if run.topology.is_main:
@@ -116,7 +117,7 @@ def _read_state(run: Run, readings: Readings) -> None:
     for shard in run.engine.shards():
         for kind, values in shard.state.items():
             if kind == "weight" or readings.step > 0:
-                _read_parameter(run, kind, shard.name, values, shard.offset, shard.whole, readings)
+                _read_parameter(kind, shard, values, run, readings)
     experts = {name for group in run.engine.groups if group.expert for name in group.names}
     for name, parameter in run.model.named_parameters():
         place = f"{name}[{run.topology.ep.rank}]" if name in experts else name
@@ -125,18 +126,16 @@ def _read_state(run: Run, readings: Readings) -> None:
         readings.agree("bias", name, buffer.detach().cpu().numpy().copy())
 
 
-def _read_parameter(
-    run: Run, kind: str, name: str, values: Tensor, offset: int, whole: int, readings: Readings
-) -> None:
-    """A flat run of a parameter, each expert of a stacked one by itself."""
-    stacked = run.config.model.moe.num_experts if ".experts." in name else 0
+def _read_parameter(kind: str, shard: Shard, values: Tensor, run: Run, readings: Readings) -> None:
+    """What a rank has of a parameter, or of something like it; each expert of a stacked one by itself."""
+    stacked = run.config.model.moe.num_experts if ".experts." in shard.name else 0
     if not stacked:
-        readings.add(kind, name, values, offset, whole)
+        readings.add(kind, shard.name, values, shard.offset, shard.whole)
         return
-    size, end = whole // stacked, offset + values.numel()
-    for expert in range(offset // size, -(-end // size)):
-        low, high = max(offset, expert * size), min(end, (expert + 1) * size)
-        readings.add(kind, f"{name}[{expert}]", values[low - offset : high - offset], low - expert * size, size)
+    size, start, end = shard.whole // stacked, shard.offset, shard.offset + shard.size
+    for expert in range(start // size, -(-end // size)):
+        low, high = max(start, expert * size), min(end, (expert + 1) * size)
+        readings.add(kind, f"{shard.name}[{expert}]", values[low - start : high - start], low - expert * size, size)
 
 
 def _digest(*tensors: Tensor | None) -> int:
@@ -189,5 +188,3 @@ def _header(run: Run, steps: int) -> Header:
         versions={package: version(package) for package in PACKAGES},
         layout=dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
     )
-
-

@@ -16,7 +16,7 @@ import numpy as np
 
 from backends.errors import UserError
 from trainer.verify.readings import Disagreement, Key, Readings
-from trainer.verify.sums import WIDTH
+from trainer.verify.sums import COUNT, LARGEST, SQUARE, WIDTH
 
 HEADER, NUMBERS = "trace.json", "trace.npz"
 FORMAT = 1
@@ -128,12 +128,14 @@ def joined(readings: Readings, disagreements: list[Disagreement], header: Header
     for key, value in readings.same.items():
         if key.kind == "data":
             sequences.setdefault(key._replace(name="sequences"), {})[int(key.name)] = value
-    for key, rows in sequences.items():
-        arrays[key] = np.stack([rows[number] for number in sorted(rows)])
+    for key, by_number in sequences.items():
+        arrays[key] = np.stack([by_number[number] for number in sorted(by_number)])
     rows = {key: row for key, row in readings.rows.items() if key.kind != "weight" or key.step == 0}
     for key, row in readings.rows.items():
         if key.kind == "weight" and key.step > 0:  # sketches are linear: the change needs no copy of the weights
-            rows[key._replace(kind="update")] = row - readings.rows[key._replace(step=key.step - 1)]
+            change = row - readings.rows[key._replace(step=key.step - 1)]
+            change[COUNT], change[SQUARE], change[LARGEST] = row[COUNT], 0, 0  # which are not linear
+            rows[key._replace(kind="update")] = change
     for again in [key for key in rows if key.run == "still" and key.step == 1 and key.kind in _SAME_AT_FIRST]:
         del rows[again]
     header.order = sorted(readings.order, key=lambda name: readings.order[name])
