@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 CONFIG ?= configs/tiny.yaml
 ARGS   ?=
 
-.PHONY: help train test test-slow lint clean
+.PHONY: help train test test-slow test-cuda test-ascend lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,12 @@ test: $(VENV)/.installed-test ## run the tests
 # pytest exits with 5 when it finds no test.
 test-slow: $(VENV)/.installed-test ## run the long matrix
 	@$(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5
+
+test-cuda: $(VENV)/.installed-test ## check every operation on this machine's NVIDIA GPU
+	@MOEBIUS_TEST_BACKEND=cuda $(BIN)/python -m pytest tests/backends/conformance -m "slow or not slow" $(ARGS)
+
+test-ascend: $(VENV)/.installed-test ## the same on this machine's Ascend NPU
+	@MOEBIUS_TEST_BACKEND=ascend $(BIN)/python -m pytest tests/backends/conformance -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from backends.ascend import ascend_state
-from backends.base import DTYPES, Backend
+from backends.base import DTYPES, Backend, Slot
 from backends.cpu import CpuBackend
 from backends.cuda import CudaBackend, cuda_problem
 from backends.errors import UserError
@@ -60,8 +60,10 @@ def _local_rank() -> int:
 
 
 def describe_all() -> list[dict[str, Any]]:
-    """One record a backend: name, available, reason (why not), and, where available, device, dtypes, native dtypes,
-    distributed_backend, operations (slot -> implementation and fallback), peak_flops by dtype, and memory in bytes.
+    """One record a backend: name, available, reason (why not), and operations: slot -> implementation and fallback.
+
+    Where it is not available these are what would serve on its best device, or nothing. Where it is, there are also
+    device, dtypes, native dtypes, distributed_backend, peak_flops by dtype, and memory in bytes.
     """
     records = []
     for name in NAMES:
@@ -69,10 +71,17 @@ def describe_all() -> list[dict[str, Any]]:
         record: dict[str, Any] = {"name": name, "available": problem is None, "reason": ""}
         if problem:
             record["reason"] = f"{problem[0]}; {problem[1]}"
+            record["operations"] = _operations(CudaBackend.planned() if name == "cuda" else {})
         else:
             record |= _describe(select(name))
         records.append(record)
     return records
+
+
+def _operations(slots: dict[str, Slot]) -> dict[str, dict[str, str]]:
+    return {
+        slot: {"implementation": served.implementation, "fallback": served.fallback} for slot, served in slots.items()
+    }
 
 
 def _describe(backend: Backend) -> dict[str, Any]:
@@ -86,10 +95,7 @@ def _describe(backend: Backend) -> dict[str, Any]:
         "dtypes": [short(dtype) for dtype in dtypes],
         "native": [short(dtype) for dtype in dtypes if backend.native(dtype)],
         "distributed_backend": backend.distributed_backend,
-        "operations": {
-            slot: {"implementation": served.implementation, "fallback": served.fallback}
-            for slot, served in backend.slots().items()
-        },
+        "operations": _operations(backend.slots()),
         "peak_flops": {short(dtype): backend.peak_flops(dtype) for dtype in dtypes},
         "memory": {"allocated": memory.allocated, "peak": memory.peak, "total": memory.total},
     }
