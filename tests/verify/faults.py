@@ -325,7 +325,7 @@ def experts_not_reduced() -> Any:
     return instead(WholeGradients, "reduce", make)
 
 
-@fault("pp2", BACKWARD, "embed.weight", "reduction")
+@fault("pp2", BACKWARD, "embed.weight", "missing reduction over the pipeline stages")
 def copy_of_the_embedding_forgotten() -> Any:
     """The last stage's gradient of the shared embedding does not reach its owner."""
 

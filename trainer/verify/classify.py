@@ -29,7 +29,7 @@ class Relation(NamedTuple):
     @property
     def rounded(self) -> bool:
         """As far apart as rounding to bf16, once or a few times, would bring them."""
-        return abs(self.ratio - 1) < 4 * BF16 and BF16 / 32 < self.rest < 8 * BF16
+        return abs(self.ratio - 1) < 4 * BF16 and BF16 / 32 < self.rest < 2 * BF16
 
 
 def multiple(ratio: float) -> bool:
@@ -59,9 +59,9 @@ def times(ratio: float, layout: Mapping[str, int]) -> str:
     sizes = {**layout, "dp": layout["edp"] * layout["ep"]}
     for axis, size in sizes.items():
         if size > 1 and abs(ratio - size) < _CONSTANT * size:
-            return f"{ratio:.4g} times, which is {axis}"
+            return f"{ratio:.4g} times ({axis})"
         if size > 1 and abs(ratio * size - 1) < _CONSTANT:
-            return f"{ratio:.4g} times, which is 1/{axis}"
+            return f"{ratio:.4g} times (1/{axis})"
     return f"{ratio:.4g} times"
 
 
@@ -89,14 +89,16 @@ def of_reduction(pairs: Sequence[tuple[Key, np.ndarray, np.ndarray]], layout: Ma
     """Class and evidence where ranks contribute the same gradients, and the sums differ all the same."""
     name, found = pairs[0][0].name, relation(pairs[0][1], pairs[0][2])
     experts = all(".experts." in key.name for key, _, _ in pairs)
-    of = "experts only" if experts else "several kinds of parameters"
-    counted = f"{len(pairs)} gradients, {of}; ranks' contributions agree"
+    of = "one gradient" if len(pairs) == 1 else f"{len(pairs)} gradients{', of experts only' if experts else ''}"
+    counted = f"{of}; ranks' contributions agree"
     if found.scaled:
         return "reduction scaling", f"{times(found.ratio, layout)} the first; {counted}"
     if in_bf16(pairs[0][2]) or found.rounded:
         return "precision", f"{found.rest:.1e} apart, as bf16 would be; {counted}"
     share = [rms(other) / rms(one) if one[SQUARE] else math.inf for _, one, other in pairs]
     over = "replicas of experts (edp)" if experts else "replicas (dp)"
+    if [key.name for key, _, _ in pairs] == ["embed.weight"] and layout["pp"] > 1:
+        over = "pipeline stages that share the weight (pp)"
     if max(share, default=1.0) < 1.5:
         return (
             f"missing reduction over the {over}",

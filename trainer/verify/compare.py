@@ -128,7 +128,7 @@ class _Pair:
                         "load": "ranks count different loads",
                     }[key.kind]
                     of = f"sequence {key.name}" if key.kind == "data" else key.name
-                    who = f"rank {', '.join(map(str, ranks))} of the {which} trace has other values than its replicas"
+                    who = f"rank {', '.join(map(str, ranks))} of the {which} trace has other values than the others"
                     return of, likely, who
         return None
 
