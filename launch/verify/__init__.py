@@ -3,6 +3,8 @@
 from launch.arguments import choose
 
 COMMANDS = {
+    "record": "write a trace of a few training steps",
+    "compare": "compare two traces, and name the first difference",
     "run": "compare the metrics of two long runs",
 }
 
