@@ -3,6 +3,7 @@
 from launch.arguments import choose
 
 COMMANDS = {
+    "layouts": "compare every layout of N processes with one process",
     "run": "compare the metrics of two long runs",
 }
 
