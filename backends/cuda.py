@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from backends import peak
 from backends.base import DTYPES, Backend, MemoryStats, Slot
 from backends.cpu import CpuOperations
-from backends.functions import flex, matmul
+from backends.functions import flex, matmul, rows
 from backends.functions.compiled import CannotCompile, Compiled
 from backends.functions.rows import accumulation_dtype
 from backends.operations import ExpertOrder
@@ -49,17 +49,7 @@ class CudaOperations(CpuOperations):
         return matmul.grouped_mm(x_TI, weight_EOI, counts_E, x_TI.dtype)
 
     def sort_by_expert(self, experts_TK: Tensor, num_experts: int, dropping: bool = True) -> ExpertOrder:
-        # As the definition, but bincount would wait for the device.
-        sorted_P, order_P = experts_TK.flatten().sort(stable=True)
-        bounds_E = torch.searchsorted(sorted_P, torch.arange(num_experts, device=sorted_P.device), right=True)
-        counts_E = bounds_E.diff(prepend=bounds_E.new_zeros(1))
-        inverse_P = torch.empty_like(order_P)
-        inverse_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-        if dropping:
-            rows = int(bounds_E[-1])
-            order_P = order_P[:rows]
-            inverse_P = torch.where(inverse_P < rows, inverse_P, -1)
-        return ExpertOrder(order_P, inverse_P.view_as(experts_TK), counts_E)
+        return rows.sort_without_waiting(experts_TK, num_experts, dropping)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype == weight.dtype:

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 
-from backends.ascend import ascend_state
+from backends.ascend import AscendBackend
+from backends.ascend_state import ascend_problem
 from backends.base import DTYPES, Backend, Slot
 from backends.cpu import CpuBackend
 from backends.cuda import CudaBackend, cuda_problem
 from backends.errors import UserError
 
 NAMES = ("cpu", "cuda", "ascend")
+_ACCELERATED: dict[str, type[CudaBackend] | type[AscendBackend]] = {"cuda": CudaBackend, "ascend": AscendBackend}
 
 
 def select(name: str = "auto") -> Backend:
@@ -24,14 +26,13 @@ def select(name: str = "auto") -> Backend:
         UserError: the name is unknown, or the backend is not available here.
     """
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        name = {"cuda": "cuda", "npu": "ascend"}.get(accelerator.type if accelerator else "", "cpu")
+        name = _found()
     if name not in NAMES:
         raise UserError(f"backend: there is no {name!r}; use auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     problem = _problem(name)
     if problem:
         raise UserError(f"backend: {name!r} is not available here ({problem[0]}); {problem[1]}")
-    backend: Backend = CudaBackend(_local_rank()) if name == "cuda" else CpuBackend()
+    backend: Backend = CpuBackend() if name == "cpu" else _ACCELERATED[name](_local_rank())
     for variable, value in backend.environment().items():
         os.environ.setdefault(variable, value)  # before the first allocation and the first cuBLAS call
     return backend
@@ -42,8 +43,16 @@ def _problem(name: str) -> tuple[str, str] | None:
     if name == "cuda":
         return cuda_problem()
     if name == "ascend":
-        return ascend_state(), "this version of moebius has no Ascend operations yet; use backend=cpu or backend=cuda"
+        return ascend_problem()
     return None
+
+
+def _found() -> str:
+    """The accelerator that is here, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type == "cuda":
+        return "cuda"
+    return "cpu" if ascend_problem() else "ascend"
 
 
 def _local_rank() -> int:
@@ -71,7 +80,7 @@ def describe_all() -> list[dict[str, Any]]:
         record: dict[str, Any] = {"name": name, "available": problem is None, "reason": ""}
         if problem:
             record["reason"] = f"{problem[0]}; {problem[1]}"
-            record["operations"] = _operations(CudaBackend.planned() if name == "cuda" else {})
+            record["operations"] = _operations(_ACCELERATED[name].planned())
         else:
             record |= _describe(select(name))
         records.append(record)

@@ -25,9 +25,15 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
+WIDE_RESULTS = ("cuda", "npu")
+"""Devices whose ``mm`` gives operands of 16 bits a result in fp32."""
+
+
 def product(a: Tensor, b: Tensor, wide: torch.dtype, result: torch.dtype) -> Tensor:
     """``a @ b`` through ``wide``; in ``result`` where the device gives narrow operands a wide result, else in wide."""
-    if a.device.type == "cuda" and result == torch.float32 and a.dtype == b.dtype != result and a.dtype.itemsize == 2:
+    if (
+        a.device.type in WIDE_RESULTS and result == torch.float32 and a.dtype == b.dtype != result and a.dtype.itemsize == 2
+    ):
         return torch.mm(a, b, out_dtype=result)
     return torch.mm(a.to(wide), b.to(wide))
 
