@@ -156,9 +156,7 @@ class AscendBackend(Backend):
 
     def memory(self) -> MemoryStats:
         _, total = torch.npu.mem_get_info(self.device)
-        return MemoryStats(
-            torch.npu.memory_allocated(self.device), torch.npu.max_memory_allocated(self.device), total
-        )
+        return MemoryStats(torch.npu.memory_allocated(self.device), torch.npu.max_memory_allocated(self.device), total)
 
     def reset_peak_memory(self) -> None:
         torch.npu.reset_peak_memory_stats(self.device)

@@ -17,10 +17,11 @@ from torch.autograd.function import once_differentiable
 from backends.functions.rows import accumulation_dtype
 
 _BLOCK_ELEMENTS = 2**19
+_BLOCK_ROWS = 4096  # a weight gradient adds the rows of a block one by one: of 32,768 it would lose two digits
 
 
 def _row_blocks(x_TH: Tensor) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS // max(1, x_TH.shape[1]))
+    step = min(max(1, _BLOCK_ELEMENTS // max(1, x_TH.shape[1])), _BLOCK_ROWS)
     for start in range(0, x_TH.shape[0], step):
         yield slice(start, start + step)
 

@@ -58,9 +58,7 @@ def test_fake_tensors_reach_every_weight(npu, family, documents):
     with FakeTensorMode():
         config = load_config(f"configs/models/tiny/{family}.yaml", []).model
         model = MoETransformer(config, npu.ops, device=npu.device, dtype=torch.bfloat16)
-        tokens, positions, packed, labels = (
-            torch.empty(2, 24, dtype=torch.int64, device=npu.device) for _ in range(4)
-        )
+        tokens, positions, packed, labels = (torch.empty(2, 24, dtype=torch.int64, device=npu.device) for _ in range(4))
         from trainer.model.context import Share
 
         share = Share(48, 2)
