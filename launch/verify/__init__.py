@@ -3,6 +3,9 @@
 from launch.arguments import choose
 
 COMMANDS = {
+    "record": "write a trace of a few training steps",
+    "compare": "compare two traces, and name the first difference",
+    "layouts": "compare every layout of N processes with one process",
     "run": "compare the metrics of two long runs",
 }
 

@@ -12,9 +12,9 @@ from itertools import product
 from pathlib import Path
 
 from parallel.pipeline.order import SCHEDULES
-from tests.distributed.comparison import Difference, difference
 from tests.distributed.ranks import run_ranks
 from tests.small import write_inputs
+from trainer.verify.difference import Difference, difference
 
 STEPS = 20
 BOUND = 1e-5

@@ -4,41 +4,32 @@ Ranks of :func:`run_ranks` are forked by one process that has imported torch and
 seconds. Those of :func:`end_of_ranks`, which is for how a process ends, are processes as a launcher starts them.
 """
 
-import contextlib
 import faulthandler
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from launch import processes
+from launch.processes import free_port, stop
 from parallel import topology
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMED_OUT = 124
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+__all__ = ["ROOT", "end_of_ranks", "environment", "free_port", "report", "run_alone", "run_ranks", "stop"]
 
 
 def environment(**more: str) -> dict[str, str]:
     """This environment without what a launcher would have set, one thread a process."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **more}
+    return processes.environment(OMP_NUM_THREADS="1", PYTHONFAULTHANDLER="1", **more)
 
 
 def run_ranks(world: int, module: str, *arguments: str, timeout: float = 240, fresh: bool = False) -> list[Any]:
@@ -53,9 +44,7 @@ def run_ranks(world: int, module: str, *arguments: str, timeout: float = 240, fr
         ended = _ended(_started if fresh else _forked, world, (module, *arguments), timeout, grace=2, results=folder)
         codes = [code for code, _ in ended]
         if any(codes):
-            # Others fail because one left: it is the one whose log does not complain of another.
-            failed = [rank for rank, code in enumerate(codes) if code]
-            blamed = min(failed, key=lambda rank: ("closed by peer" in ended[rank][1], codes[rank] == TIMED_OUT))
+            blamed = processes.blamed(codes, [log for _, log in ended])
             raise AssertionError(f"rank {blamed} of exit codes {codes}:\n{ended[blamed][1][-6000:]}")
         return [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(world)]
 
@@ -68,8 +57,7 @@ def end_of_ranks(world: int, module: str, *arguments: str, timeout: float, grace
     return _ended(_started, world, (module, *arguments), timeout, grace, results=os.devnull)
 
 
-Rank = subprocess.Popen | ForkServerProcess
-Start = Callable[[Sequence[str], dict[str, str], str], Rank]
+Start = Callable[[Sequence[str], dict[str, str], Path], processes.Process]
 
 
 def _ended(
@@ -77,40 +65,36 @@ def _ended(
 ) -> list[tuple[int, str]]:
     """As :func:`end_of_ranks`; $RESULT is a file in ``results``."""
     with tempfile.TemporaryDirectory() as folder:
-        port = str(free_port())
-        ranks: list[Rank] = []
-        for rank in range(world):
-            where = environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(world),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-                RESULT=f"{results}/{rank}.json",
-            )
-            ranks.append(start(command, where, f"{folder}/{rank}.log"))
-        try:
-            codes = _wait(ranks, timeout, grace)
-        finally:
-            for process in ranks:
-                stop(process)
-        return [(code, Path(f"{folder}/{rank}.log").read_text()) for rank, code in enumerate(codes)]
-
-
-def _started(command: Sequence[str], where: dict[str, str], log: str) -> Rank:
-    """A process as a launcher starts it."""
-    with open(log, "wb") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=ROOT,
-            env=where,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+        logs = [Path(folder, f"{rank}.log") for rank in range(world)]
+        ranks = (
+            start(command, environment(RESULT=f"{results}/{place['RANK']}.json", **place), log)
+            for place, log in zip(processes.places(world), logs, strict=True)
         )
+        codes = processes.exit_codes(ranks, timeout, grace)
+        return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
 
 
-def _forked(command: Sequence[str], where: dict[str, str], log: str) -> Rank:
+def _started(command: Sequence[str], where: dict[str, str], log: Path) -> processes.Process:
+    """A process as a launcher starts it."""
+    return processes.started(*command, log=log, where=where, folder=ROOT)
+
+
+class _Forked:
+    """A forked process as `launch.processes` wants one."""
+
+    def __init__(self, process: ForkServerProcess) -> None:
+        self._process = process
+        self.kill, self.wait = process.kill, process.join
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+
+def _forked(command: Sequence[str], where: dict[str, str], log: Path) -> processes.Process:
     """A child of the process that has what ranks import; that one is started once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.distributed.preload"])
@@ -118,10 +102,10 @@ def _forked(command: Sequence[str], where: dict[str, str], log: str) -> Rank:
         multiprocessing.forkserver.ensure_running()
     process = context.Process(target=_be_rank, args=(command, where, log))
     process.start()
-    return process
+    return _Forked(process)
 
 
-def _be_rank(command: Sequence[str], where: dict[str, str], log: str) -> None:
+def _be_rank(command: Sequence[str], where: dict[str, str], log: Path) -> None:
     """``python -m command``, in a session of its own."""
     os.setsid()
     os.chdir(ROOT)
@@ -133,29 +117,6 @@ def _be_rank(command: Sequence[str], where: dict[str, str], log: str) -> None:
     faulthandler.enable()
     sys.argv = list(command)
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
-
-
-def _wait(ranks: list[Rank], timeout: float, grace: float) -> list[int]:
-    """Exit codes; returns soon after a rank has failed, as the others may wait for it for ever."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end and None in (codes := [_code(rank) for rank in ranks]):
-        if any(codes):
-            end = min(end, time.monotonic() + grace)
-        time.sleep(0.02)
-    return [TIMED_OUT if (code := _code(rank)) is None else code for rank in ranks]
-
-
-def _code(rank: Rank) -> int | None:
-    return rank.poll() if isinstance(rank, subprocess.Popen) else rank.exitcode
-
-
-def stop(process: Rank) -> None:
-    """Kill a process and its session."""
-    assert process.pid is not None
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()  # it may not have come as far as a session of its own
-    process.wait() if isinstance(process, subprocess.Popen) else process.join()
 
 
 def run_alone(command: list[str], folder: Path, env: dict[str, str], timeout: float = 120) -> tuple[int, str]:

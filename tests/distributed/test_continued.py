@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.comparison import difference
 from tests.distributed.ranks import run_ranks
 from tests.published import model_of, write_tokenizer
 from tests.small import write_inputs
 from trainer import checkpoint
 from trainer.convert import export_weights, import_weights
+from trainer.verify.difference import difference
 
 pytestmark = pytest.mark.slow  # a minute; tests/trainer/convert does the same on one process
 STEPS = 20

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.comparison import difference, records, tensors
 from tests.distributed.ranks import run_ranks
 from tests.small import write_inputs
+from trainer.verify.difference import difference, records, tensors
 
 # fp32, summed in another order by every layout: a few ulps a step, which AdamW's division by sqrt(v) magnifies for
 # elements whose gradient is near 0. The mission's bound; the runs below measure about 1e-6.

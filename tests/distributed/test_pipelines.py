@@ -7,10 +7,10 @@ import pytest
 
 from parallel.pipeline import trace
 from parallel.pipeline.order import SCHEDULES
-from tests.distributed.comparison import records
 from tests.distributed.matrix import BOUND, STEPS, Case, compare, train
 from tests.distributed.ranks import run_ranks
 from tests.small import write_inputs
+from trainer.verify.difference import records
 
 SHORT = 6  # steps here; the slow matrix has 20
 UNEVEN = "parallel.layers_per_stage=[5,3]"  # the first stage has no experts

@@ -1,0 +1,167 @@
+"""`moebius verify layouts`: every layout of N processes trains the model that one process trains, or which does not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.arguments import ConfigParser
+from launch.errors import run
+from launch.verify.output import add_outputs, finish
+
+if TYPE_CHECKING:
+    from trainer.verify.layouts import Found, Layout
+
+# What would only take time, or need more than this machine; in fp32 only the order of sums differs. Keys that are given
+# count more.
+_SHORT = (
+    "train.precision=fp32 train.eval_every=0 train.eval_sequences=8 train.bigram_baseline=false train.log_every=1 "
+    "checkpoint.every=0 metrics.tensorboard=false metrics.csv=false metrics.wandb=false metrics.peak_tflops=1"
+).split()
+_GRACE = 5.0  # seconds for the other ranks to say what they saw when one has failed
+
+
+def main(argv: list[str]) -> int:
+    """Train a config for a few steps under every layout, and report the matrix."""
+    parser = ConfigParser(
+        "moebius verify layouts",
+        "Train a config for a few steps under every layout of N processes of this machine (pipeline, schedules, "
+        "experts, replicas, recomputation), and compare each with one process. It starts the processes itself.",
+    )
+    add = parser.add_argument
+    add("--world", metavar="N", type=_count, required=True, help="processes of every layout")
+    add("--steps", metavar="N", type=_count, default=20, help="steps that each trains (20)")
+    add("--bound", metavar="X", type=float, default=1e-5, help="largest relative difference that passes (1e-5)")
+    add("--limit", metavar="SECONDS", type=float, default=900.0, help="time that each may take (900)")
+    add_outputs(parser)
+    args = parser.parse(argv)
+    return run(lambda: _layouts(args), debug=False)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _layouts(args: argparse.Namespace) -> int:
+    from backends.errors import UserError
+
+    if "RANK" in os.environ:
+        raise UserError("verify layouts: starts its processes itself; start it without a launcher")
+    from trainer.verify.layouts import REFERENCE, Refused, every_layout, fitted, report
+
+    overrides = [*_SHORT, *args.overrides, f"train.steps={args.steps}"]
+    reference = fitted(REFERENCE, args.config, overrides)
+    if isinstance(reference, Refused):
+        raise UserError(f"{args.config}: {reference.reason}")
+    outcomes: dict[Layout, Found | None] = {}  # in the order of the table, which is not that of the launches
+    runs = {}
+    for layout in every_layout(args.world):
+        wanted = fitted(layout, args.config, overrides)
+        outcomes[layout] = wanted if isinstance(wanted, Refused) else None
+        if not isinstance(wanted, Refused):
+            runs[layout] = wanted
+    with tempfile.TemporaryDirectory(prefix="moebius-layouts-") as folder:
+        turns = _Turns(args, Path(folder), threads=max(1, (os.cpu_count() or 1) // args.world))
+        turns.train({REFERENCE: reference})
+        for world in sorted({layout.world for layout in runs}):
+            outcomes |= turns.train({layout: runs[layout] for layout in runs if layout.world == world})
+    found = {layout: outcome for layout, outcome in outcomes.items() if outcome is not None}
+    about = {
+        "config": " ".join([args.config, *args.overrides]),
+        "processes": str(args.world),
+        "steps": str(args.steps),
+        "overrides for all": " ".join(_SHORT),
+    }
+    return finish(report(found, args.bound, about), args)
+
+
+class _Turns:
+    """Launches. The first one trains the reference, which all others are compared with."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, threads: int) -> None:
+        self._args, self._folder, self._threads = args, folder, threads
+        self._reference: str | None = None
+
+    def train(self, runs: dict[Layout, list[str]]) -> dict[Layout, Found]:
+        """What became of layouts of the same number of processes, one launch for all that end as they should.
+
+        Raises:
+            UserError: one cannot run here, or the reference does not train to its end.
+        """
+        from backends.errors import UserError
+
+        found: dict[Layout, Found] = {}
+        while len(found) < len(runs):
+            left = {layout: wanted for layout, wanted in runs.items() if layout not in found}
+            done, problem = self._launch(left)
+            if self._reference is None:
+                if problem:
+                    raise UserError(f"{self._args.config}: one process does not train it: {problem}")
+                self._reference = str(self._folder / next(iter(left)).name)
+                return {}
+            found |= done
+            if problem:
+                failed = next(layout for layout in left if layout not in done)
+                found[failed] = problem
+        return found
+
+    def _launch(self, runs: dict[Layout, list[str]]) -> tuple[dict[Layout, Found], str]:
+        """What the layouts gave that ended, and why the next one did not."""
+        from launch import processes
+        from trainer.verify.turns import Plan, outcomes
+
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            named = [(str(self._folder / layout.name), wanted) for layout, wanted in runs.items()]
+            plan = Plan(self._args.config, named, self._args.steps, self._reference, f"{folder}/outcomes.jsonl")
+            Path(folder, "plan.json").write_text(json.dumps(asdict(plan)), encoding="utf-8")
+            world = next(iter(runs)).world
+            logs = [Path(folder, f"{rank}.log") for rank in range(world)]
+            threads = {"OMP_NUM_THREADS": str(self._threads)}
+            started = (
+                processes.started(
+                    "trainer.verify.turns",
+                    f"{folder}/plan.json",
+                    log=log,
+                    where=processes.environment(**{**threads, **place}),
+                )
+                for log, place in zip(logs, processes.places(world), strict=True)
+            )
+            shown = _Progress([layout.name for layout in runs])
+            codes = processes.exit_codes(started, self._args.limit, _GRACE, lambda: shown.at(len(outcomes(plan))))
+            done = dict(zip(runs, outcomes(plan), strict=False))
+            texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
+        ended = {layout: found for layout, found in done.items() if found is not None}
+        return ended, "" if len(done) == len(runs) else _problem(codes, texts, self._args.limit)
+
+
+def _problem(codes: list[int], logs: list[str], limit: float) -> str:
+    from launch import processes
+
+    if set(codes) <= {0, processes.TIMED_OUT}:
+        return f"did not end within {limit:g} seconds"
+    rank = processes.blamed(codes, logs)
+    last = [line for line in logs[rank].splitlines() if line.strip()][-1:]
+    return " ".join([f"rank {rank} ended with exit code {codes[rank]}:", *last])
+
+
+class _Progress:
+    """A line on standard error for each layout that has ended, where someone may be looking."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names, self._said = names, 0
+
+    def at(self, number: int) -> int:
+        for name in self._names[self._said : number]:
+            if sys.stderr.isatty():
+                print(f"trained: {name}", file=sys.stderr, flush=True)
+        self._said = number
+        return number
