@@ -95,7 +95,9 @@ def _grouped_matmul(
     _need(len(x) == len(weight) == 1, "only one operand each has a reference")
     (a,), (b,) = x, weight
     _same_narrow("npu_grouped_matmul", a, b)
-    _need(group_list is not None and group_list.dtype == torch.int64 and group_list.dim() == 1, "group_list: int64 (E,)")
+    _need(
+        group_list is not None and group_list.dtype == torch.int64 and group_list.dim() == 1, "group_list: int64 (E,)"
+    )
     _need(group_type in (0, 2) and act_type == 0, f"group_type {group_type}, act_type {act_type}: no training product")
     _need(split_item in (2, 3), f"split_item {split_item} gives a tensor per group")
     _need(a.dim() == 2 and a.numel() > 0 and b.numel() > 0, "an operand is empty or not of two dimensions")

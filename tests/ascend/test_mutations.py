@@ -62,7 +62,10 @@ MUTATIONS = {
         "grouped_mm",
         argument("npu_grouped_matmul", group_type=lambda _: 0),
     ),
-    "counts passed as cumulative sums": ("grouped_mm", argument("npu_grouped_matmul", group_list=lambda x: x.cumsum(0))),
+    "counts passed as cumulative sums": (
+        "grouped_mm",
+        argument("npu_grouped_matmul", group_list=lambda x: x.cumsum(0)),
+    ),
     "cumulative sums where counts are passed": (
         "grouped_mm",
         argument("npu_grouped_matmul", group_list_type=lambda _: 0),

@@ -6,8 +6,8 @@ Everything of a run takes part: the loop, DeepSpeed's engine with torch's fused 
 
 import pytest
 
-from tests.distributed.comparison import difference
 from tests.distributed.ranks import run_ranks
+from trainer.verify.difference import difference
 
 STEPS = 3
 COMMON = f"train.steps={STEPS} train.eval_every=2 train.bigram_baseline=false checkpoint.every={STEPS}"
