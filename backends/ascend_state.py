@@ -47,7 +47,7 @@ def _package_problem() -> tuple[str, str] | None:
 
 def _cann_problem() -> tuple[str, str] | None:
     if not os.environ.get("ASCEND_HOME_PATH"):  # DeepSpeed reads it too
-        return "CANN is not set up (ASCEND_HOME_PATH is not set)", _SETUP
+        return "CANN is not set up: there is no ASCEND_HOME_PATH", _SETUP
     try:
         ctypes.CDLL("libascendcl.so")
     except OSError as error:
