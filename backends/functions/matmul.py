@@ -32,7 +32,10 @@ WIDE_RESULTS = ("cuda", "npu")
 def product(a: Tensor, b: Tensor, wide: torch.dtype, result: torch.dtype) -> Tensor:
     """``a @ b`` through ``wide``; in ``result`` where the device gives narrow operands a wide result, else in wide."""
     if (
-        a.device.type in WIDE_RESULTS and result == torch.float32 and a.dtype == b.dtype != result and a.dtype.itemsize == 2
+        a.device.type in WIDE_RESULTS
+        and result == torch.float32
+        and a.dtype == b.dtype != result
+        and a.dtype.itemsize == 2
     ):
         return torch.mm(a, b, out_dtype=result)
     return torch.mm(a.to(wide), b.to(wide))

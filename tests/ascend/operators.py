@@ -62,6 +62,11 @@ def _matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]
     return grad_self, (self.transpose(-1, -2) @ grad).sum_to_size(other.shape)
 
 
+@_named("npu::npu_format_cast")
+def _format_cast(self: Tensor, acl_format: int, *others: Any, **more: Any) -> Tensor:
+    return self  # here all memory lies as torch says
+
+
 @_named("npu::npu_gather_backward")
 def _gather_backward(grad: Tensor, self_size: list[int], dim: int, index: Tensor, sparse_grad: bool) -> Tensor:
     return grad.new_zeros(self_size).scatter_add(dim, index, grad)
@@ -90,7 +95,9 @@ def _grouped_matmul(
     _need(len(x) == len(weight) == 1, "only one operand each has a reference")
     (a,), (b,) = x, weight
     _same_narrow("npu_grouped_matmul", a, b)
-    _need(group_list is not None and group_list.dtype == torch.int64 and group_list.dim() == 1, "group_list: int64 (E,)")
+    _need(
+        group_list is not None and group_list.dtype == torch.int64 and group_list.dim() == 1, "group_list: int64 (E,)"
+    )
     _need(group_type in (0, 2) and act_type == 0, f"group_type {group_type}, act_type {act_type}: no training product")
     _need(split_item in (2, 3), f"split_item {split_item} gives a tensor per group")
     _need(a.dim() == 2 and a.numel() > 0 and b.numel() > 0, "an operand is empty or not of two dimensions")

@@ -90,7 +90,7 @@ STARTED = {
 SAME: dict[str, str] = {}
 
 # Run by .ci/run, because they run these tests or take minutes. The target must exist, and .ci/run must name it.
-BY_CI = {"make train", "make test", "make test-slow", "make lint"}
+BY_CI = {"make train", "make test", "make test-slow", "make test-ascend-sim", "make lint"}
 
 NOT_HERE = {
     "moebius train --config configs/models/telechat3-105b.yaml --dry-run --world-size 4096 --rank 0": "a minute; "
@@ -102,6 +102,8 @@ NOT_HERE = {
     "make test ARGS=tests/backends/conformance": "runs tests inside a test",
     "make test-cuda": "a GPU; tests/backends/test_cuda.py starts it without one",
     "make test-ascend": "an NPU; the same suite as above on another device",
+    "source /usr/local/Ascend/ascend-toolkit/set_env.sh": "CANN",
+    "pip install --editable '.[ascend]' --extra-index-url https://download.pytorch.org/whl/cpu": "installs",
     "benchmarks/cuda.sh": "a GPU; tests/benchmarks/test_cuda_script.py starts it without one, and dry",
     "source .venv/bin/activate": "changes the shell; here the environment is on the path",
     "python benchmarks/step.py --config configs/bench/qwen3.yaml --peer transformers --profile": "minutes; "
