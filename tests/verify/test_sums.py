@@ -70,9 +70,9 @@ def test_what_is_not_finite_is_far_from_everything(bad: float) -> None:
 
 
 def test_nothing_of_a_large_tensor_is_copied() -> None:
-    """128 MB; what a block of 65,536 elements takes in fp64, with its hashes, is below 10."""
-    x = torch.randn(32, 2**20)
+    """32 MB; what a block of 65,536 elements takes in fp64, with its hashes, is about 4."""
+    x = torch.randn(8, 2**20)
     row_of(x[:1], 0, x.numel())
     growth = {"contiguous": peak_growth(lambda: row_of(x, 0, x.numel()))}
     growth["turned"] = peak_growth(lambda: row_of(x.view(2**10, -1).t(), 0, x.numel()))
-    assert max(growth.values()) < 32 * 2**20, growth
+    assert max(growth.values()) < 12 * 2**20, growth
