@@ -141,8 +141,13 @@ def test_what_is_not_finite_is_named(against) -> None:
 
 
 def test_traces_of_other_models_are_refused(against) -> None:
-    with pytest.raises(UserError, match="another model.*only one has mtp.0.norm.weight"):
-        against(lambda trace: trace.header.parameters.remove("mtp.0.norm.weight"))
+    with pytest.raises(UserError, match="another model.*: mtp.0.norm.weight has"):
+        against(lambda trace: trace.rows.pop(Key("train", 0, "weight", "mtp.0.norm.weight")))
+
+
+def test_a_loss_that_only_one_has_is_named(against) -> None:
+    found = against(lambda trace: trace.rows.pop(Key("train", 1, "total", "z_loss"))).first
+    assert (found.phase, found.place, found.likely) == (FORWARD, "z_loss", "missing")
 
 
 def test_the_golden_trace_has_a_noise_floor() -> None:
