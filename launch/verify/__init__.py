@@ -3,6 +3,7 @@
 from launch.arguments import choose
 
 COMMANDS = {
+    "ops": "check every operation of a config's model against its definition in float64",
     "layouts": "compare every layout of N processes with one process",
     "run": "compare the metrics of two long runs",
 }

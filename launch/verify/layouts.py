@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from launch.errors import run
 from launch.verify.output import add_outputs, finish
 
 if TYPE_CHECKING:
+    from trainer.verify.difference import Difference
     from trainer.verify.layouts import Found, Layout
 
 # What would only take time, or need more than this machine; in fp32 only the order of sums differs. Keys that are given
@@ -69,6 +71,9 @@ def _layouts(args: argparse.Namespace) -> int:
         outcomes[layout] = wanted if isinstance(wanted, Refused) else None
         if not isinstance(wanted, Refused):
             runs[layout] = wanted
+    if not any(layout.world == args.world for layout in runs):
+        reason = next(found.reason for found in outcomes.values() if isinstance(found, Refused))
+        raise UserError(f"{args.config}: --world {args.world}: no layout applies: {reason}")
     with tempfile.TemporaryDirectory(prefix="moebius-layouts-") as folder:
         turns = _Turns(args, Path(folder), threads=max(1, (os.cpu_count() or 1) // args.world))
         turns.train({REFERENCE: reference})
@@ -89,7 +94,7 @@ class _Turns:
 
     def __init__(self, args: argparse.Namespace, folder: Path, threads: int) -> None:
         self._args, self._folder, self._threads = args, folder, threads
-        self._reference: str | None = None
+        self._reference: Path | None = None
 
     def train(self, runs: dict[Layout, list[str]]) -> dict[Layout, Found]:
         """What became of layouts of the same number of processes, one launch for all that end as they should.
@@ -102,48 +107,66 @@ class _Turns:
         found: dict[Layout, Found] = {}
         while len(found) < len(runs):
             left = {layout: wanted for layout, wanted in runs.items() if layout not in found}
-            done, problem = self._launch(left)
-            if self._reference is None:
-                if problem:
+            problem = self._launch(left, found)
+            failed = next((layout for layout in left if layout not in found), None)
+            if failed is not None:
+                if self._reference is None:
                     raise UserError(f"{self._args.config}: one process does not train it: {problem}")
-                self._reference = str(self._folder / next(iter(left)).name)
-                return {}
-            found |= done
-            if problem:
-                failed = next(layout for layout in left if layout not in done)
                 found[failed] = problem
         return found
 
-    def _launch(self, runs: dict[Layout, list[str]]) -> tuple[dict[Layout, Found], str]:
-        """What the layouts gave that ended, and why the next one did not."""
+    def _launch(self, runs: dict[Layout, list[str]], found: dict[Layout, Found]) -> str:
+        """Add what the layouts gave that ended to ``found``; returns why the next one did not, if there is one."""
         from launch import processes
-        from trainer.verify.turns import Plan, outcomes
+        from trainer.verify.turns import Plan, count_ended
 
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             named = [(str(self._folder / layout.name), wanted) for layout, wanted in runs.items()]
-            plan = Plan(self._args.config, named, self._args.steps, self._reference, f"{folder}/outcomes.jsonl")
+            plan, layouts = Plan(self._args.config, named, f"{folder}/ended"), list(runs)
             Path(folder, "plan.json").write_text(json.dumps(asdict(plan)), encoding="utf-8")
-            world = next(iter(runs)).world
-            logs = [Path(folder, f"{rank}.log") for rank in range(world)]
+            logs = [Path(folder, f"{rank}.log") for rank in range(layouts[0].world)]
             threads = {"OMP_NUM_THREADS": str(self._threads)}
             started = (
                 processes.started(
                     "trainer.verify.turns",
                     f"{folder}/plan.json",
                     log=log,
-                    where=processes.environment(**{**threads, **place}),
+                    where=processes.environment(**threads, **place),
                 )
-                for log, place in zip(logs, processes.places(world), strict=True)
+                for log, place in zip(logs, processes.places(len(logs)), strict=True)
             )
-            shown = _Progress([layout.name for layout in runs])
-            codes = processes.exit_codes(started, self._args.limit, _GRACE, lambda: shown.at(len(outcomes(plan))))
-            done = dict(zip(runs, outcomes(plan), strict=False))
-            texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
-        ended = {layout: found for layout, found in done.items() if found is not None}
-        return ended, "" if len(done) == len(runs) else _problem(codes, texts, self._args.limit)
+            compared = 0
+
+            def compare() -> int:
+                nonlocal compared
+                while compared < count_ended(plan):
+                    layout = layouts[compared]
+                    found[layout] = self._compare(self._folder / layout.name)
+                    compared += 1
+                    if sys.stderr.isatty():
+                        print(f"trained: {layout.name}", file=sys.stderr, flush=True)
+                return compared
+
+            codes = processes.exit_codes(started, self._args.limit, _GRACE, compare)
+            if compare() == len(layouts):
+                return ""
+            return _problem(
+                codes, [log.read_text(encoding="utf-8", errors="replace") for log in logs], self._args.limit
+            )
+
+    def _compare(self, run: Path) -> Difference:
+        """With the reference, which is the first one. A run that has been compared need not stay on the disk."""
+        from trainer.verify.difference import difference
+
+        self._reference = self._reference or run
+        found = difference(self._reference, run, self._args.steps)
+        if run != self._reference:
+            shutil.rmtree(run)
+        return found
 
 
 def _problem(codes: list[int], logs: list[str], limit: float) -> str:
+    """Why ranks did not train to the end, in one line."""
     from launch import processes
 
     if set(codes) <= {0, processes.TIMED_OUT}:
@@ -151,17 +174,3 @@ def _problem(codes: list[int], logs: list[str], limit: float) -> str:
     rank = processes.blamed(codes, logs)
     last = [line for line in logs[rank].splitlines() if line.strip()][-1:]
     return " ".join([f"rank {rank} ended with exit code {codes[rank]}:", *last])
-
-
-class _Progress:
-    """A line on standard error for each layout that has ended, where someone may be looking."""
-
-    def __init__(self, names: list[str]) -> None:
-        self._names, self._said = names, 0
-
-    def at(self, number: int) -> int:
-        for name in self._names[self._said : number]:
-            if sys.stderr.isatty():
-                print(f"trained: {name}", file=sys.stderr, flush=True)
-        self._said = number
-        return number

@@ -33,7 +33,7 @@ def test_help_and_mistypes_import_nothing_heavy():
 
 
 def outputs(**more) -> argparse.Namespace:
-    return argparse.Namespace(**{"html": None, "json": None} | more)
+    return argparse.Namespace(**{"html": None, "json": None, "markdown": None} | more)
 
 
 def test_verdict_sentence_and_rows_are_printed(capsys):

@@ -103,7 +103,7 @@ def is_same(found: Found, bound: float) -> bool:
 
 
 def report(outcomes: Mapping[Layout, Found], bound: float, about: Mapping[str, str]) -> Report:
-    """The matrix. A layout that does not apply is no difference; the whole is ``same`` if at least one applies."""
+    """The matrix. A layout that does not apply is no difference."""
     ran = {layout: found for layout, found in outcomes.items() if not isinstance(found, Refused)}
     refused = {layout: found for layout, found in outcomes.items() if isinstance(found, Refused)}
     bad = {layout: found for layout, found in ran.items() if not is_same(found, bound)}
@@ -132,8 +132,6 @@ def report(outcomes: Mapping[Layout, Found], bound: float, about: Mapping[str, s
     if refused:
         reasons = [(layout.name, found.reason) for layout, found in refused.items()]
         sections.append(Table("Does not apply", ("layout", "why"), reasons))
-    if not ran:
-        raise UserError(f"--world: no layout applies, as {next(iter(refused.values())).reason}")
     return Report("Layouts against one process", "different" if bad else "same", summary, sections, about)
 
 
