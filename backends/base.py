@@ -37,6 +37,7 @@ class Backend(ABC):
         distributed_backend: the ``torch.distributed`` backend: gloo, nccl or hccl.
         deepspeed_accelerator: the value of ``DS_ACCELERATOR``.
         ops: the operations.
+        fused_adamw: whether torch's fused AdamW runs on the device.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Backend(ABC):
     distributed_backend: str
     deepspeed_accelerator: str
     ops: Operations
+    fused_adamw: bool = True
 
     @property
     @abstractmethod
@@ -77,6 +79,11 @@ class Backend(ABC):
     @abstractmethod
     def slots(self) -> dict[str, Slot]:
         """The implementation behind each operation."""
+
+    @classmethod
+    def planned(cls) -> dict[str, Slot]:
+        """:meth:`slots` on the best device of this kind; for `moebius info` where there is none."""
+        return {}
 
     def group_options(self, axis: str) -> Any:
         """Options of the distributed backend for the process groups of one axis of the mesh: pp, edp, ep or dp.

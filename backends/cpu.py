@@ -21,7 +21,7 @@ class CpuOperations(Operations):
         return matmul.linear(x, weight, bias, matmul.computing_dtype(x.dtype))
 
     def grouped_mm(self, x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-        return matmul.grouped_mm(x_TI, weight_EOI, counts_E)
+        return matmul.grouped_mm(x_TI, weight_EOI, counts_E, matmul.computing_dtype(x_TI.dtype))
 
     def sort_by_expert(self, experts_TK: Tensor, num_experts: int, dropping: bool = True) -> ExpertOrder:
         return rows.sort_by_expert(experts_TK, num_experts, dropping)

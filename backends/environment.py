@@ -19,6 +19,8 @@ _M_ARENA_MAX = -8
 def prepare() -> None:
     """Set what the environment does not already say. Harmless where it does not apply, and when called again."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for transparent huge pages
+    # `import torch` would import torch_npu where it is installed, and fail where CANN is not: ascend_state.py loads it.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     if sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
         _keep_freed_memory()
 

@@ -1,8 +1,8 @@
 """Every operation as its textbook formula, in torch operators that autograd differentiates.
 
-Nobody trains with these: they hold on to every intermediate result. In fp64 they say what the definition
-(``backends/cpu.py``) must give, and in a narrow dtype what error is ordinary: each torch operator rounds once. What
-the interface wants in fp32 is computed in fp32 here too.
+As written they hold on to every intermediate result; compiled they do not (``backends/cuda.py``). In fp64 they say
+what the definition (``backends/cpu.py``) must give, and in a narrow dtype what error is ordinary: each torch operator
+rounds once. What the interface wants in fp32 is computed in fp32 here too.
 
 Shape suffixes as in ``backends/operations.py``.
 """

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 
-from backends.ascend import ascend_state
-from backends.base import DTYPES, Backend
+from backends.ascend import AscendBackend
+from backends.ascend_state import ascend_problem
+from backends.base import DTYPES, Backend, Slot
 from backends.cpu import CpuBackend
 from backends.cuda import CudaBackend, cuda_problem
 from backends.errors import UserError
 
 NAMES = ("cpu", "cuda", "ascend")
+_ACCELERATED: dict[str, type[CudaBackend] | type[AscendBackend]] = {"cuda": CudaBackend, "ascend": AscendBackend}
 
 
 def select(name: str = "auto") -> Backend:
@@ -24,14 +26,13 @@ def select(name: str = "auto") -> Backend:
         UserError: the name is unknown, or the backend is not available here.
     """
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        name = {"cuda": "cuda", "npu": "ascend"}.get(accelerator.type if accelerator else "", "cpu")
+        name = _found()
     if name not in NAMES:
         raise UserError(f"backend: there is no {name!r}; use auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     problem = _problem(name)
     if problem:
         raise UserError(f"backend: {name!r} is not available here ({problem[0]}); {problem[1]}")
-    backend: Backend = CudaBackend(_local_rank()) if name == "cuda" else CpuBackend()
+    backend: Backend = CpuBackend() if name == "cpu" else _ACCELERATED[name](_local_rank())
     for variable, value in backend.environment().items():
         os.environ.setdefault(variable, value)  # before the first allocation and the first cuBLAS call
     return backend
@@ -42,8 +43,16 @@ def _problem(name: str) -> tuple[str, str] | None:
     if name == "cuda":
         return cuda_problem()
     if name == "ascend":
-        return ascend_state(), "this version of moebius has no Ascend operations yet; use backend=cpu or backend=cuda"
+        return ascend_problem()
     return None
+
+
+def _found() -> str:
+    """The accelerator that is here, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type == "cuda":
+        return "cuda"
+    return "cpu" if ascend_problem() else "ascend"
 
 
 def _local_rank() -> int:
@@ -60,8 +69,10 @@ def _local_rank() -> int:
 
 
 def describe_all() -> list[dict[str, Any]]:
-    """One record a backend: name, available, reason (why not), and, where available, device, dtypes, native dtypes,
-    distributed_backend, operations (slot -> implementation and fallback), peak_flops by dtype, and memory in bytes.
+    """One record a backend: name, available, reason (why not), and operations: slot -> implementation and fallback.
+
+    Where it is not available these are what would serve on its best device, or nothing. Where it is, there are also
+    device, dtypes, native dtypes, distributed_backend, peak_flops by dtype, and memory in bytes.
     """
     records = []
     for name in NAMES:
@@ -69,10 +80,17 @@ def describe_all() -> list[dict[str, Any]]:
         record: dict[str, Any] = {"name": name, "available": problem is None, "reason": ""}
         if problem:
             record["reason"] = f"{problem[0]}; {problem[1]}"
+            record["operations"] = _operations(_ACCELERATED[name].planned())
         else:
             record |= _describe(select(name))
         records.append(record)
     return records
+
+
+def _operations(slots: dict[str, Slot]) -> dict[str, dict[str, str]]:
+    return {
+        slot: {"implementation": served.implementation, "fallback": served.fallback} for slot, served in slots.items()
+    }
 
 
 def _describe(backend: Backend) -> dict[str, Any]:
@@ -86,10 +104,7 @@ def _describe(backend: Backend) -> dict[str, Any]:
         "dtypes": [short(dtype) for dtype in dtypes],
         "native": [short(dtype) for dtype in dtypes if backend.native(dtype)],
         "distributed_backend": backend.distributed_backend,
-        "operations": {
-            slot: {"implementation": served.implementation, "fallback": served.fallback}
-            for slot, served in backend.slots().items()
-        },
+        "operations": _operations(backend.slots()),
         "peak_flops": {short(dtype): backend.peak_flops(dtype) for dtype in dtypes},
         "memory": {"allocated": memory.allocated, "peak": memory.peak, "total": memory.total},
     }

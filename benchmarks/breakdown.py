@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 OTHER = "other"
@@ -12,7 +13,7 @@ OTHER = "other"
 GROUPS: dict[str, tuple[str, ...]] = {
     "optimizer": ("bench::optimizer", "AccumulateGrad"),
     "cross entropy": ("CrossEntropy", "cross_entropy", "LogSoftmax", "log_softmax", "NllLoss", "nll_loss"),
-    "attention": ("_Attention", "ScaledDotProduct", "scaled_dot_product"),
+    "attention": ("_Attention", "ScaledDotProduct", "scaled_dot_product", "flex_attention"),
     "matmul: experts": ("GroupedMm", "GroupedMM", "_grouped_mm"),
     "routing + permute": (
         "bench::routing",
@@ -20,7 +21,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("index_add", "IndexAdd", "index_put", "index_select", "IndexSelect", "IndexBackward", "aten::index"),
         *("one_hot", "cumsum", "histc", "softmax", "Softmax", "sigmoid_", "SigmoidBackward"),
     ),
-    "norms + elementwise": ("_RMSNorm", "_SwiGLU", "_Rotary"),
+    "norms + elementwise": ("_RMSNorm", "_SwiGLU", "_Rotary", "rms_norm", "triton_"),
     "matmul: projections": ("_WideLinear", "aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::matmul"),
 }
 _ELEMENTWISE = (
@@ -29,17 +30,25 @@ _ELEMENTWISE = (
 )
 
 
-def profile_step(step: Callable[[], object]) -> dict[str, float]:
-    """Seconds of one step by group. Time outside every operator (Python) is "other"."""
+def profile_step(step: Callable[[], object], synchronize: Callable[[], object], on_device: bool) -> dict[str, float]:
+    """Seconds of one step by group: of the CPU, or of kernels by the operator that started them.
+
+    Time outside every operator (Python, or a device that waits) is "other".
+    """
     import time
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_device else [])
+    with profile(activities=activities) as profiler:
+        synchronize()
         began = time.perf_counter()
         step()
+        synchronize()
         whole = time.perf_counter() - began
     seconds = dict.fromkeys([*GROUPS, OTHER], 0.0)
     for event in profiler.events():
-        seconds[_group(event)] += event.self_cpu_time_total / 1e6
+        if event.device_type == DeviceType.CPU:  # a kernel is an event of its own beside the operator that has its time
+            own = event.self_device_time_total if on_device else event.self_cpu_time_total
+            seconds[_group(event)] += own / 1e6
     seconds[OTHER] += max(0.0, whole - sum(seconds.values()))
     return seconds
 

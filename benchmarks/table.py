@@ -50,11 +50,14 @@ def heading(args: argparse.Namespace, job: dict[str, Any], peaks: list[float]) -
                 if peaks
                 else []
             ),
+            *([f"MFU is against the maker's {job['peak'] / 1e12:.0f} TFLOP/s"] if job["peak"] else []),
         ]
     )
 
 
-def result_table(results: dict[str, Result], tokens: int, flops_per_token: float, peak: float) -> str:
+def result_table(
+    results: dict[str, Result], tokens: int, flops_per_token: float, peak: float, markdown: bool = False
+) -> str:
     """One line a contender. The last column is the median over rounds of its step time over ours."""
     rows = [["contender", "tokens/s", "(min-max)", "step s", "CPU s", "MFU", "memory", "loss", "moebius is"]]
     ours = results.get(OURS[0])
@@ -76,10 +79,10 @@ def result_table(results: dict[str, Result], tokens: int, flops_per_token: float
                 f"{median(ratios):.2f} x" if ratios and result is not ours else "",
             ]
         )
-    return _aligned(rows)
+    return _laid_out(rows, markdown)
 
 
-def profile_table(results: dict[str, Result]) -> str:
+def profile_table(results: dict[str, Result], markdown: bool = False) -> str:
     """Shares of one step, a column for each contender; the last row is its length under the profiler."""
     profiled = {name: result.groups for name, result in results.items() if result.groups}
     totals = {name: sum(groups.values()) for name, groups in profiled.items()}
@@ -87,10 +90,14 @@ def profile_table(results: dict[str, Result]) -> str:
     for group in next(iter(profiled.values()), {}):
         rows.append([group, *(f"{groups[group] / totals[name]:.1%}" for name, groups in profiled.items())])
     rows.append(["step under the profiler", *(f"{total:.3f} s" for total in totals.values())])
-    return "\n" + _aligned(rows)
+    return "\n" + _laid_out(rows, markdown)
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def _laid_out(rows: list[list[str]], markdown: bool) -> str:
+    """In columns, or as a table of Markdown."""
+    if markdown:
+        lines = [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+        return "\n".join(lines)
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -82,7 +82,11 @@ def _serve(job: dict[str, Any]) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         "step": step,
         "matmul": lambda: _matmul(device, job["precision"]),
-        "profile": lambda: {"groups": profile_step(lambda: contender.step(tokens()))},
+        "profile": lambda: {
+            "groups": profile_step(
+                lambda: contender.step(tokens()), lambda: synchronize(device), on_device=device.type == "cuda"
+            )
+        },
     }
 
 

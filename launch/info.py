@@ -77,7 +77,8 @@ def _rows(backend: dict[str, Any]) -> list[tuple[str, str]]:
     from trainer.metrics.units import gib, si
 
     if not backend["available"]:
-        return [("why not", backend["reason"])]
+        would = [(slot, f"would be {served}") for slot, served in _operations(backend)]
+        return [("why not", backend["reason"]), *would]
     memory = backend["memory"]
     rows = [
         ("device", backend["device"]),
@@ -87,7 +88,12 @@ def _rows(backend: dict[str, Any]) -> list[tuple[str, str]]:
     for dtype in backend["dtypes"]:
         rate = "" if dtype in backend["native"] else ", emulated"
         rows.append((dtype, f"{si(backend['peak_flops'][dtype], 'FLOP/s')} peak{rate}"))
-    for slot, served in backend["operations"].items():
-        fallback = f" ({served['fallback']})" if served["fallback"] else ""
-        rows.append((slot, served["implementation"] + fallback))
-    return rows
+    return rows + _operations(backend)
+
+
+def _operations(backend: dict[str, Any]) -> list[tuple[str, str]]:
+    """(operation, what serves it and why not the usual) of one record."""
+    return [
+        (slot, served["implementation"] + (f" ({served['fallback']})" if served["fallback"] else ""))
+        for slot, served in backend["operations"].items()
+    ]

@@ -60,7 +60,7 @@ class Shard:
     offset: int
     size: int
     whole: int  # elements of the whole parameter
-    state: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq": views of (size,)
+    state: dict[str, Tensor]  # views of (size,); of :meth:`Engine.shards` "weight", "exp_avg", "exp_avg_sq"
 
 
 class _Partition(list):
@@ -196,30 +196,61 @@ class Engine:
 
     def shards(self) -> Iterator[Shard]:
         """The master weights and moments that this rank owns, by full parameter name."""
-        for index, group in enumerate(self.groups):
-            axis = self._replicas(group)
+
+        def state(index: int) -> dict[str, Tensor]:
             master = self.zero.single_partition_of_fp32_groups[index]
-            state = self.zero.optimizer.state[master]
-            start = axis.rank * master.numel()
-            copies = self.topology.ep if group.expert else None
+            moments = self.zero.optimizer.state[master]
+            return {"weight": master.detach(), "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+
+        return self._owned(state)
+
+    def reduced(self) -> Iterator[Shard]:
+        """The summed gradients that this rank steps, by full parameter name. Between :meth:`reduce` and :meth:`step`.
+
+        Their ``state`` has "gradient" alone.
+        """
+        return self._owned(lambda index: {"gradient": self.zero.averaged_gradients[index].flat_partition})
+
+    def contributions(self) -> Iterator[Shard]:
+        """What this rank adds to the gradients, by full parameter name. Before :meth:`reduce`.
+
+        Their ``state`` has "gradient" alone. Under ZeRO-2 there are none: gradients are summed as they come.
+        """
+        if isinstance(self._gradients, PartGradients):
+            return
+        self.flush()
+        experts = {name for group in self.groups if group.expert for name in group.names}
+        for name, parameter in self._deepspeed.module.named_parameters():
+            if self._slots[parameter].filled:
+                before, whole = self._place(parameter, name in experts)
+                gradient = self._slots[parameter].view.view(-1)
+                yield Shard(name, before, parameter.numel(), whole, {"gradient": gradient})
+
+    def _place(self, parameter: nn.Parameter, expert: bool) -> tuple[int, int]:
+        """Elements of the whole parameter that stand before those held here, and all of them."""
+        axis = self.topology.ep
+        size = parameter.numel()
+        return (axis.rank * size, axis.size * size) if expert else (0, size)
+
+    def _owned(self, tensors: Callable[[int], dict[str, Tensor]]) -> Iterator[Shard]:
+        """The part of every parameter that this rank steps. ``tensors`` gives this rank's flat ones of a group."""
+        for index, group in enumerate(self.groups):
+            flat = tensors(index)
+            size = self.zero.single_partition_of_fp32_groups[index].numel()
+            start = self._replicas(group).rank * size
             for name, parameter, offset in zip(
                 group.names, group.parameters, self.zero.round_robin_bit16_offsets[index], strict=True
             ):
-                first, last = max(offset, start), min(offset + parameter.numel(), start + master.numel())
+                first, last = max(offset, start), min(offset + parameter.numel(), start + size)
                 if first >= last:
                     continue
-                part = slice(first - start, last - start)
-                before = copies.rank * parameter.numel() if copies else 0
+                before, whole = self._place(parameter, group.expert)
                 yield Shard(
                     name=name,
                     offset=before + first - offset,
                     size=last - first,
-                    whole=parameter.numel() * (copies.size if copies else 1),
-                    state={
-                        "weight": master.detach()[part],
-                        "exp_avg": state["exp_avg"][part],
-                        "exp_avg_sq": state["exp_avg_sq"][part],
-                    },
+                    whole=whole,
+                    state={kind: values[first - start : last - start] for kind, values in flat.items()},
                 )
 
     @property

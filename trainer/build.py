@@ -23,7 +23,7 @@ def build(config: Config, topology: Topology, backend: Backend) -> tuple[MoETran
     engine = Engine(
         model,
         parameter_groups(model, config.optimizer.weight_decay),
-        adamw(config.optimizer),
+        adamw(config.optimizer, fused=backend.fused_adamw),
         topology,
         backend,
         clip_norm=config.optimizer.clip_norm,

@@ -31,9 +31,6 @@ class Loop:
         self.run, self.config = run, run.config
         self.step = Step(self.config, run.topology, run.backend.device, run.model, run.engine, run.pipeline)
         self.sequences = self.step.sequences
-        dp = run.topology.dp
-        share = self.sequences // dp.size
-        self.mine = range(dp.rank * share, (dp.rank + 1) * share)
         self.refusals = 0
         self.saved_at = run.step
         dtype = next(run.model.parameters()).dtype
@@ -85,7 +82,7 @@ class Loop:
         run, config, clock = self.run, self.config, self.run.pipeline.clock
         clock.take()
         with clock.span("data"):
-            batch = run.training.read(self.sequences, self.mine)
+            batch = run.training.read(self.sequences, self.step.mine)
         found = self.step.run(batch, run.step + 1, lambda: self.stop.wanted)
         self._refuse_nonsense(found.norm)
 

@@ -30,12 +30,15 @@ def parameter_groups(model: MoETransformer, weight_decay: float) -> list[Paramet
     return list(groups.values())
 
 
-def adamw(config: OptimizerConfig) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
-    """A factory of fused AdamW (Loshchilov and Hutter, arXiv 1711.05101) over parameter-group dicts."""
+def adamw(config: OptimizerConfig, fused: bool = True) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """A factory of AdamW (Loshchilov and Hutter, arXiv 1711.05101) over parameter-group dicts.
+
+    ``fused`` is what the backend says of its device.
+    """
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
-            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=0.0, fused=True
+            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=0.0, fused=fused
         )
 
     return make

@@ -50,12 +50,20 @@ class Step:
         """Of the global batch."""
         return self.config.train.global_batch_tokens // self.config.data.sequence_length
 
+    @property
+    def mine(self) -> range:
+        """Which sequences of the global batch are this rank's."""
+        dp = self.topology.dp
+        share = self.sequences // dp.size
+        return range(dp.rank * share, (dp.rank + 1) * share)
+
     def run(self, batch: Batch, number: int, wants_stop: Callable[[], bool]) -> Outcome:
         """Step ``number`` (from 1), on this rank's share of the global batch.
 
         ``wants_stop`` is asked at the end, so that a signal during the step still counts.
         """
         self.train(self.cut(batch))
+        self.reduce()
         return self.update(number, wants_stop)
 
     def cut(self, batch: Batch) -> list[MicroBatch]:
@@ -69,11 +77,14 @@ class Step:
         """Gradients of all of them."""
         self.pipeline.train(micro_batches, self.engine.end_micro_batch)
 
-    def update(self, number: int, wants_stop: Callable[[], bool]) -> Outcome:
-        """What happens once a step."""
-        config, clock = self.config, self.pipeline.clock
-        with clock.span("reduce"):
+    def reduce(self) -> None:
+        """Sum the gradients over the replicas."""
+        with self.pipeline.clock.span("reduce"):
             self.engine.reduce()
+
+    def update(self, number: int, wants_stop: Callable[[], bool]) -> Outcome:
+        """Clip, step, and move the experts' biases; what the step found."""
+        config, clock = self.config, self.pipeline.clock
         lr = learning_rate(config.schedule, config.optimizer.lr, number, config.train.steps)
         with clock.span("optimizer"):
             norm = self.engine.step(lr)

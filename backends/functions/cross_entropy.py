@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from backends.functions.matmul import product
+from backends.functions.matmul import WIDE_RESULTS, product
 from backends.functions.rows import accumulation_dtype
 from backends.operations import IGNORED
 from backends.weight_gradients import accumulate, deliver
@@ -29,7 +29,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         device = hidden_TH.device
         # On the CPU the weight is widened once here, and not for each chunk.
-        weight = weight_VH if device.type == "cuda" else weight_VH.to(wide)
+        weight = weight_VH if device.type in WIDE_RESULTS else weight_VH.to(wide)
         loss = torch.zeros((), dtype=wide, device=device)
         grad_hidden = torch.empty_like(hidden_TH) if wants_hidden else None
         grad_weight = torch.zeros(weight_VH.shape, dtype=wide, device=device) if wants_weight else None

@@ -25,9 +25,15 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
+WIDE_RESULTS = ("cuda", "npu")
+"""Devices whose ``mm`` gives operands of 16 bits a result in fp32."""
+
+
 def product(a: Tensor, b: Tensor, wide: torch.dtype, result: torch.dtype) -> Tensor:
     """``a @ b`` through ``wide``; in ``result`` where the device gives narrow operands a wide result, else in wide."""
-    if a.device.type == "cuda" and result == torch.float32 and a.dtype == b.dtype != result and a.dtype.itemsize == 2:
+    if (
+        a.device.type in WIDE_RESULTS and result == torch.float32 and a.dtype == b.dtype != result and a.dtype.itemsize == 2
+    ):
         return torch.mm(a, b, out_dtype=result)
     return torch.mm(a.to(wide), b.to(wide))
 
@@ -87,10 +93,9 @@ class _GroupedMM(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, weight_EOI: Tensor, counts: list[int], wide: torch.dtype) -> Tensor:
         ctx.save_for_backward(x_TI, weight_EOI)
-        ctx.weight, ctx.counts = weight_EOI, counts
-        wide = computing_dtype(x_TI.dtype)
+        ctx.weight, ctx.counts, ctx.wide = weight_EOI, counts, wide
         result = x_TI.new_empty(x_TI.shape[0], weight_EOI.shape[1])
         for expert, rows in _occupied(counts):
             _multiply(x_TI[rows], weight_EOI[expert].T, wide, result[rows])
@@ -98,10 +103,9 @@ class _GroupedMM(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None, None]:
         x_TI, weight_EOI = ctx.saved_tensors
-        wide = computing_dtype(x_TI.dtype)
-        counts = ctx.counts
+        wide, counts = ctx.wide, ctx.counts
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x_TI)
@@ -117,9 +121,9 @@ class _GroupedMM(torch.autograd.Function):
                         out_EOI[expert].zero_()
 
             grad_weight = deliver(ctx.weight, write)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
-def grouped_mm(x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """See :meth:`backends.operations.Operations.grouped_mm`."""
-    return _GroupedMM.apply(x_TI, weight_EOI, counts_E.tolist())
+def grouped_mm(x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor, wide: torch.dtype) -> Tensor:
+    """See :meth:`backends.operations.Operations.grouped_mm`; ``wide`` is the dtype to multiply in."""
+    return _GroupedMM.apply(x_TI, weight_EOI, counts_E.tolist(), wide)

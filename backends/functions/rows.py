@@ -27,6 +27,20 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int, dropping: bool) -> Expe
     return ExpertOrder(order, inverse.view_as(experts_TK), counts)
 
 
+def sort_without_waiting(experts_TK: Tensor, num_experts: int, dropping: bool) -> ExpertOrder:
+    """The same for an accelerator, which ``bincount`` would have to wait for. Only ``dropping`` waits."""
+    sorted_P, order_P = experts_TK.flatten().sort(stable=True)
+    bounds_E = torch.searchsorted(sorted_P, torch.arange(num_experts, device=sorted_P.device), right=True)
+    counts_E = bounds_E.diff(prepend=bounds_E.new_zeros(1))
+    inverse_P = torch.empty_like(order_P)
+    inverse_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
+    if dropping:
+        rows = int(bounds_E[-1])
+        order_P = order_P[:rows]
+        inverse_P = torch.where(inverse_P < rows, inverse_P, -1)
+    return ExpertOrder(order_P, inverse_P.view_as(experts_TK), counts_E)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -35,7 +35,7 @@ def test_auto_takes_the_accelerator_that_torch_finds(monkeypatch):
         def environment(self):
             return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "DS_ACCELERATOR": "cuda"}
 
-    monkeypatch.setattr(selection, "CudaBackend", Fake)
+    monkeypatch.setattr(selection, "_ACCELERATED", {"cuda": Fake})
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "mine")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)

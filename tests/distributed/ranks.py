@@ -32,14 +32,16 @@ def environment(**more: str) -> dict[str, str]:
     return processes.environment(OMP_NUM_THREADS="1", PYTHONFAULTHANDLER="1", **more)
 
 
-def run_ranks(world: int, module: str, *arguments: str, timeout: float = 240) -> list[Any]:
+def run_ranks(world: int, module: str, *arguments: str, timeout: float = 240, fresh: bool = False) -> list[Any]:
     """Run ``python -m module *arguments`` on ``world`` ranks; the JSON that each wrote to the file named by $RESULT.
+
+    ``fresh`` ranks are processes of their own: forked ones have DeepSpeed for the CPU.
 
     Fails with the output of the first rank that failed. Ranks that outlive the limit, or another's failure, are
     killed with everything they started.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ended = _ended(_forked, world, (module, *arguments), timeout, grace=2, results=folder)
+        ended = _ended(_started if fresh else _forked, world, (module, *arguments), timeout, grace=2, results=folder)
         codes = [code for code, _ in ended]
         if any(codes):
             blamed = processes.blamed(codes, [log for _, log in ended])

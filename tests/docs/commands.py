@@ -99,6 +99,10 @@ NOT_HERE = {
     "make train ARGS=--resume": "installs; what it starts is tabled above",
     'make train ARGS="name=again seed=1"': "installs and takes minutes",
     'make test ARGS="tests/trainer/model"': "runs tests inside a test",
+    "make test ARGS=tests/backends/conformance": "runs tests inside a test",
+    "make test-cuda": "a GPU; tests/backends/test_cuda.py starts it without one",
+    "make test-ascend": "an NPU; the same suite as above on another device",
+    "benchmarks/cuda.sh": "a GPU; tests/benchmarks/test_cuda_script.py starts it without one, and dry",
     "source .venv/bin/activate": "changes the shell; here the environment is on the path",
     "python benchmarks/step.py --config configs/bench/qwen3.yaml --peer transformers --profile": "minutes; "
     "tests/benchmarks runs the script on a model of no size",
@@ -150,5 +154,5 @@ NOT_IN_THE_CHECKOUT = {
     "~/texts",
 }
 
-# Flags of the launchers.
-OTHER_FLAGS = {"--node-rank", "--master", "--master-port"}
+# Flags of the launchers, and of scripts that are not Python.
+OTHER_FLAGS = {"--node-rank", "--master", "--master-port", "--dry"}

@@ -1,11 +1,13 @@
 """The command as a person types it."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
+import torch
 
 from launch import cli, train
 from launch.arguments import train_parser
@@ -191,6 +193,14 @@ def test_info_json_says_why_a_backend_cannot_be_used(capfd):
     backends = {backend["name"]: backend for backend in found["backends"]}
     assert set(backends) == {"cpu", "cuda", "ascend"} and backends["cpu"]["available"]
     assert all(backend["reason"] for backend in found["backends"] if not backend["available"])
+    assert backends["cuda"]["operations"]["grouped_mm"]["implementation"] == "F.grouped_mm"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
+def test_info_says_what_would_serve_on_a_device_that_is_not_here(capfd, monkeypatch):
+    monkeypatch.setattr("backends.base.Backend.peak_flops", lambda self, dtype: 2e11, raising=False)
+    _, out, _ = moebius(capfd, "info")
+    assert re.search(r"attention +would be F.scaled_dot_product_attention \(flex_attention with documents", out)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def predict(config: Config, where: str, world_size: int, rank: int, imbalance: f
             before = dict(traffic.sent)
             step.train(micro_batches)
             traffic.repeat(before, times)
+            step.reduce()
             step.update(1, wants_stop=lambda: False)
         axes = {"pp": topology.pp, "edp": topology.edp, "ep": topology.ep}
         return Prediction(

@@ -166,3 +166,11 @@ def test_wandb_gets_the_records(tmp_path, monkeypatch, one_rank):
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     run(tmp_path, range(1, 2), quiet(wandb=True))
     assert (1, {"train/loss": 1.0}) in logged and logged[-1] == "finished"
+
+
+def test_the_screen_shows_evaluations_and_the_bigram_loss(tmp_path):
+    stream = io.StringIO()
+    with Recorder(str(tmp_path), quiet(), True, 10, stream=stream) as recorder:
+        recorder.evaluation({"step": 5, "validation_loss": 3.25})
+        recorder.evaluation({"bigram_loss": 5.5})
+    assert stream.getvalue() == "step 5: validation loss 3.2500\nbigram loss 5.5000\n"

@@ -1,0 +1,61 @@
+"""`moebius verify record`: a few training steps as a trace, which another run's can be compared with."""
+
+import argparse
+import os
+from pathlib import Path
+
+from launch.arguments import ConfigParser
+from launch.errors import run
+
+
+def main(argv: list[str]) -> int:
+    """Record a trace of the run of ``--config``, alone or under a launcher."""
+    parser = ConfigParser(
+        "moebius verify record",
+        "Train a few steps, once as configured and once at learning rate 0, and write down data, weights, what every "
+        "module gives, choices of experts, gradients and updates. Several ranks: torchrun -m launch.verify.record ...",
+    )
+    add = parser.add_argument
+    add("--out", metavar="DIR", required=True, help="folder for trace.json and trace.npz")
+    add("--steps", metavar="N", type=_count, default=3, help="steps of either run (3)")
+    add("--noise", action="store_true", help="measure the noise floor: train once more, summed in another order")
+    add("--debug", action="store_true", help="show tracebacks instead of one line")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by deepspeed
+    args = parser.parse(argv)
+    return run(lambda: _record(args), args.debug)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _record(args: argparse.Namespace) -> int:
+    from contextlib import nullcontext
+
+    from trainer.config.load import load_with_origins
+
+    config, origins = load_with_origins(args.config, args.overrides)
+
+    from parallel.agreement import together
+    from parallel.topology import stop
+    from trainer.verify.record import record
+    from trainer.verify.trace import NUMBERS
+
+    with together() if "RANK" in os.environ else nullcontext(), origins.named():
+        try:
+            trace = record(config, args.config, Path(args.out), args.steps, args.noise)
+        finally:
+            stop()
+    if trace is not None:
+        size = (Path(args.out) / NUMBERS).stat().st_size
+        print(f"{args.out}: {args.steps} steps, {len(trace.rows):,} readings, {size / 1000:,.0f} kB")
+    return 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))
