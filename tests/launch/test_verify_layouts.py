@@ -9,6 +9,7 @@ import pytest
 from launch import processes
 from tests.launch.test_cli import moebius
 from tests.small import write_inputs
+from trainer.config.load import load_config
 from trainer.verify import difference as differences
 from trainer.verify.difference import Difference
 from trainer.verify.layouts import Layout, Refused, every_layout, fitted, report
@@ -39,18 +40,21 @@ def test_of_one_process_there_is_recomputation():
 
 
 def test_what_does_not_apply_has_its_reason(small):
-    assert fitted(Layout("zbv", pp=2), small, []) == Refused(
+    assert fitted(Layout("zbv", pp=2), load_config(small, []), small) == Refused(
         "parallel.pipeline: 4 stages (2 ranks under zbv) are more than model.num_layers=3; use fewer ranks or a "
         "schedule with fewer stages a rank"
     )
-    refused = fitted(Layout(ep=16), small, ["train.global_batch_tokens=1024"])
+    refused = fitted(Layout(ep=16), load_config(small, ["train.global_batch_tokens=1024"]), small)
     assert isinstance(refused, Refused) and "num_experts=8 is not divisible by 16" in refused.reason
 
 
 def test_micro_batches_become_smaller_where_a_layout_needs_more_of_them(small):
     """8 sequences; dualpipev on 2 ranks wants at least 4 micro-batches."""
-    sized = {size: fitted(Layout("dualpipev", pp=2), small, ["model.num_layers=4", size]) for size in OWN}
-    assert [wanted[-1] for wanted in sized.values()] == ["train.micro_batch_size=2", "train.micro_batch_size=2"]
+    configs = (load_config(small, ["model.num_layers=4", size]) for size in OWN)
+    assert [fitted(Layout("dualpipev", pp=2), config, small)[-1] for config in configs] == [
+        "train.micro_batch_size=2",
+        "train.micro_batch_size=2",
+    ]
 
 
 OWN = ("train.micro_batch_size=2", "train.micro_batch_size=4")
@@ -65,16 +69,17 @@ def test_the_report_says_which_layout_and_what():
         Layout("zbv", pp=2): "rank 1 ended with exit code 1",
         Layout("1f1b", pp=2): Refused("too few layers"),
     }
-    made = report(outcomes, 1e-5, {})
+    made = report(outcomes, {Layout(ep=2): "first forward: layers.1"}, 1e-5, {})
     assert made.verdict == "different"
     assert made.summary == "3 of 4 layouts differ from one process, first pp1-ep2-edp1: weights are 2.0e-03 apart."
-    matrix, failed, refused = (section for section in made.sections if section.kind == "table")
+    matrix, first, failed, refused = (section for section in made.sections if section.kind == "table")
     assert list(matrix.marks) == ["same", "different", "different", "different"]
+    assert first.rows == [("pp1-ep2-edp1", "first forward: layers.1")]
     assert failed.rows == [("zbv-pp2-ep1-edp1", "rank 1 ended with exit code 1")]
     assert refused.rows == [("1f1b-pp2-ep1-edp1", "too few layers")]
     (heat,) = (section for section in made.sections if section.kind == "heatmap")
     assert heat.values[1] == pytest.approx([1e-2, 2e-2, 200, 4e-2]) and heat.values[3] == [None] * 4
-    assert report({Layout(ep=2): SAME}, 1e-5, {}).verdict == "same"
+    assert report({Layout(ep=2): SAME}, {}, 1e-5, {}).verdict == "same"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +94,7 @@ def test_the_report_says_which_layout_and_what():
     ],
 )
 def test_each_difference_alone_is_one(wrong):
-    assert report({Layout(ep=2): replace(SAME, **wrong)}, 1e-5, {}).verdict == "different"
+    assert report({Layout(ep=2): replace(SAME, **wrong)}, {}, 1e-5, {}).verdict == "different"
 
 
 def test_a_figure_that_is_no_number_is_different():

@@ -93,7 +93,8 @@ def _spec(value: Any) -> Any:
     if isinstance(value, Tensor):
         return Spec(tuple(value.shape), value.dtype, value.requires_grad)
     if isinstance(value, ExpertOrder):
-        return OrderSpec(len(value.order_P), *value.inverse_TK.shape, len(value.counts_E))
+        tokens, top_k = value.inverse_TK.shape
+        return OrderSpec(len(value.order_P), tokens, top_k, len(value.counts_E))
     return value
 
 
@@ -112,7 +113,7 @@ def capture(config: Config, tokens: Optional[int] = None) -> dict[Call, int]:
     ranks = config.parallel.expert
     config = replace(
         config,
-        parallel=replace(config.parallel, pipeline=1, stages_per_rank=0, layers_per_stage=()),
+        parallel=replace(config.parallel, pipeline=1, stages_per_rank=0, layers_per_stage=[]),
         data=replace(config.data, sequence_length=length),
         train=replace(
             config.train,

@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
-from backends.accuracy import FACTOR, ROUNDING, Errors, Finding, measure
+from backends.accuracy import FACTOR, Errors, Finding, measure
 from backends.operations import ExpertOrder, Operations
 from trainer.config.schema import Config
 from trainer.precision import weights_dtype
 from trainer.verify.captured import Call, OrderSpec, Spec, capture
 from trainer.verify.inputs import DISTRIBUTIONS, inputs
-from trainer.verify.report import Cell, Heatmap, Report, Table
+from trainer.verify.report import Cell, Heatmap, Report, Section, Table
 
 # Dimensions that may be shorter than the model's without another way to compute: by operation the parameters and the
 # dimension of each. Experts, vocabulary, and outputs of a multiply are independent of each other.
@@ -95,7 +95,7 @@ def _measure(
         return measure(_run(call, list(given)), given, compute, ops, device)
 
     found = once(seed=0)
-    close = [not finding.passed and (_share(finding) or math.inf) <= 2 * FACTOR for finding in found]
+    close = [1 < finding.share <= 2 for finding in found]
     if not any(close):
         return found
     return [again if is_close else finding for finding, again, is_close in zip(found, once(seed=1), close, strict=True)]
@@ -159,7 +159,7 @@ def verify(config: Config, where: str, ops: Operations, device: torch.device, to
         "dtype": str(compute).removeprefix("torch."),
         "tokens": f"at most {tokens} of a micro-batch{shorter}",
         "elements": f"at most {most:,} of a tensor",
-        "passes": f"an error of at most {FACTOR:g} times that of plain torch in the same dtype (at least a rounding)",
+        "passes": f"at most {FACTOR[compute]:g} times the error of plain torch in the same dtype, or a rounding",
     }
     return report(found, about)
 
@@ -179,7 +179,7 @@ def report(found: Sequence[Checked], about: Mapping[str, str]) -> Report:
         )
     else:
         summary = f"all {operations} operations, in {len(ran)} calls, are as exact as plain torch."
-    sections = [_heat(ran), _calls(ran), _measured(ran)]
+    sections: list[Section] = [_heat(ran), _calls(ran), _measured(ran)]
     changed = [
         (
             checked.captured.operation,
@@ -194,18 +194,8 @@ def report(found: Sequence[Checked], about: Mapping[str, str]) -> Report:
     return Report("Operations", "different" if failed else "same", summary, sections, about)
 
 
-def _share(finding: Finding) -> float | None:
-    """The larger of maximal and mean ulps, as a multiple of plain torch's; None for what has to be equal."""
-    if finding.errors is None or finding.plain is None:
-        return None if finding.passed else math.inf
-    return max(
-        getattr(finding.errors, what) / max(getattr(finding.plain, what), least) for what, least in ROUNDING.items()
-    )
-
-
-def _worst(findings: Sequence[Finding]) -> float | None:
-    shares = [share for share in map(_share, findings) if share is not None]
-    return max(shares, key=lambda share: math.inf if math.isnan(share) else share, default=None)
+def _worst(findings: Sequence[Finding]) -> Optional[float]:
+    return max((finding.share for finding in findings), default=None)
 
 
 def _name(checked: Checked, number: int) -> str:
@@ -215,8 +205,8 @@ def _name(checked: Checked, number: int) -> str:
 def _heat(ran: Sequence[Checked]) -> Heatmap:
     values = [[_worst(checked.findings.get(name, ())) for name in DISTRIBUTIONS] for checked in ran]
     names = [_name(checked, number) for number, checked in enumerate(ran, 1)]
-    note = "Error in ulps as a multiple of plain torch's, the worst output or gradient of a call."
-    return Heatmap("Errors beside plain torch", names, list(DISTRIBUTIONS), values, FACTOR, note)
+    note = "The worst output or gradient of each call. Integers have to be equal: 0 where they are."
+    return Heatmap("Errors as a share of what passes", names, list(DISTRIBUTIONS), values, 1.0, note)
 
 
 def _calls(ran: Sequence[Checked]) -> Table:
@@ -227,7 +217,7 @@ def _calls(ran: Sequence[Checked]) -> Table:
         what = f"{failures[0][0]} inputs: {failures[0][1].name}: {failures[0][1].problem}" if failures else "passes"
         rows.append((_name(checked, number), checked.call.shapes, checked.times, _worst(all_found), what))
     marks = ["different" if checked.failures() else "same" for checked in ran]
-    columns = ("operation", "arguments", "calls", "× plain torch", "verdict")
+    columns = ("operation", "arguments", "calls", "share of what passes", "verdict")
     return Table("Calls of a micro-batch", columns, rows, marks)
 
 
@@ -248,11 +238,11 @@ def _measured(ran: Sequence[Checked]) -> Table:
     return Table("All that was measured", columns, rows, marks, note)
 
 
-def _figures(errors: Errors | None) -> tuple[Cell, ...]:
+def _figures(errors: Optional[Errors]) -> tuple[Cell, ...]:
     if errors is None:
         return (None,) * 5
     return errors.max_relative, errors.mean_relative, 1 - errors.cosine, errors.max_ulps, errors.mean_ulps
 
 
-def _ulps(errors: Errors | None) -> tuple[Cell, ...]:
+def _ulps(errors: Optional[Errors]) -> tuple[Cell, ...]:
     return (None, None) if errors is None else (errors.max_ulps, errors.mean_ulps)
