@@ -7,6 +7,7 @@ What is left of an operation's error beside that of plain torch is its own doing
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,18 @@ class Finding:
     def passed(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problem
+
+    @property
+    def share(self) -> float:
+        """The error as a share of the largest that passes; infinite for what is wrong in another way."""
+        if self.errors is None or self.plain is None:
+            return 0.0 if self.passed else math.inf
+        dtype = getattr(torch, self.dtype)
+        shares = (
+            getattr(self.errors, what) / (FACTOR[dtype] * ordinary)
+            for what, ordinary in _ordinary(self.plain, dtype).items()
+        )
+        return max(math.inf if math.isnan(share) else share for share in shares)
 
 
 def measure(
@@ -178,9 +191,14 @@ def _finding(name: str, ours: Any, expected: Any, plain: Any) -> Finding:
 
 def _verdict(errors: Errors, plain: Errors, dtype: torch.dtype) -> str:
     """What is wrong with these errors; empty where nothing is. NaN fails: it is not at most anything."""
-    for what, rounding in ROUNDING.items():
-        least = rounding if dtype.itemsize == 2 else 2 * rounding
-        error, ordinary, factor = getattr(errors, what), max(getattr(plain, what), least), FACTOR[dtype]
+    for what, ordinary in _ordinary(plain, dtype).items():
+        error, factor = getattr(errors, what), FACTOR[dtype]
         if not error <= factor * ordinary:
             return f"{what} is {error:.3g}, more than {factor:g} times plain torch's {ordinary:.3g}"
     return ""
+
+
+def _ordinary(plain: Errors, dtype: torch.dtype) -> dict[str, float]:
+    """What plain torch is taken for."""
+    rounding = 1 if dtype.itemsize == 2 else 2
+    return {what: max(getattr(plain, what), rounding * least) for what, least in ROUNDING.items()}

@@ -139,14 +139,15 @@ class AscendBackend(Backend):
 
     def __init__(self, index: int) -> None:
         self.device = torch.device("npu", index)
-        torch.npu.set_device(self.device)
-        torch.npu.matmul.allow_hf32 = False  # HF32 keeps 10 bits of fp32's 23
-        torch.npu.conv.allow_hf32 = False
+        self._npu: Any = torch.get_device_module("npu")
+        self._npu.set_device(self.device)
+        self._npu.matmul.allow_hf32 = False  # HF32 keeps 10 bits of fp32's 23
+        self._npu.conv.allow_hf32 = False
         self.ops = AscendOperations()
 
     @property
     def device_name(self) -> str:
-        return torch.npu.get_device_name(self.device)
+        return self._npu.get_device_name(self.device)
 
     def supports(self, dtype: torch.dtype) -> bool:
         return dtype in _DTYPES  # its matrix units know no fp64
@@ -155,17 +156,17 @@ class AscendBackend(Backend):
         return self.supports(dtype)
 
     def memory(self) -> MemoryStats:
-        _, total = torch.npu.mem_get_info(self.device)
-        return MemoryStats(torch.npu.memory_allocated(self.device), torch.npu.max_memory_allocated(self.device), total)
+        _, total = self._npu.mem_get_info(self.device)
+        return MemoryStats(self._npu.memory_allocated(self.device), self._npu.max_memory_allocated(self.device), total)
 
     def reset_peak_memory(self) -> None:
-        torch.npu.reset_peak_memory_stats(self.device)
+        self._npu.reset_peak_memory_stats(self.device)
 
     def peak_flops(self, dtype: torch.dtype) -> float:
         return peak.measured(self.device, self.device_name, dtype)
 
     def synchronize(self) -> None:
-        torch.npu.synchronize(self.device)
+        self._npu.synchronize(self.device)
 
     def environment(self) -> dict[str, str]:
         return super().environment() | ENVIRONMENT

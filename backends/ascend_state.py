@@ -47,7 +47,7 @@ def _package_problem() -> tuple[str, str] | None:
 
 def _cann_problem() -> tuple[str, str] | None:
     if not os.environ.get("ASCEND_HOME_PATH"):  # DeepSpeed reads it too
-        return "CANN is not set up (ASCEND_HOME_PATH is not set)", _SETUP
+        return "CANN is not set up: there is no ASCEND_HOME_PATH", _SETUP
     try:
         ctypes.CDLL("libascendcl.so")
     except OSError as error:
@@ -63,7 +63,7 @@ def _device_problem() -> tuple[str, str] | None:
             f"torch_npu cannot be loaded: {_first_line(error)}",
             f"check CANN's version against torch_npu's; {_SETUP}",
         )
-    if not torch.npu.device_count():
+    if not torch.get_device_module("npu").device_count():
         return "torch_npu finds no NPU", "check `npu-smi info`, the driver and ASCEND_RT_VISIBLE_DEVICES"
     return None
 

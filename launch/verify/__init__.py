@@ -3,6 +3,7 @@
 from launch.arguments import choose
 
 COMMANDS = {
+    "ops": "check every operation of a config's model against its definition in float64",
     "record": "write a trace of a few training steps",
     "compare": "compare two traces, and name the first difference",
     "layouts": "compare every layout of N processes with one process",

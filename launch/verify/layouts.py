@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from launch.errors import run
 from launch.verify.output import add_outputs, finish
 
 if TYPE_CHECKING:
+    from trainer.verify.difference import Difference
     from trainer.verify.layouts import Found, Layout
 
 # What would only take time, or need more than this machine; in fp32 only the order of sums differs. Keys that are given
@@ -24,6 +27,7 @@ _SHORT = (
     "train.precision=fp32 train.eval_every=0 train.eval_sequences=8 train.bigram_baseline=false train.log_every=1 "
     "checkpoint.every=0 metrics.tensorboard=false metrics.csv=false metrics.wandb=false metrics.peak_tflops=1"
 ).split()
+_TRACED = 3  # layouts that differ of which the first difference is looked for: they often differ for one reason
 _GRACE = 5.0  # seconds for the other ranks to say what they saw when one has failed
 
 
@@ -56,32 +60,39 @@ def _layouts(args: argparse.Namespace) -> int:
 
     if "RANK" in os.environ:
         raise UserError("verify layouts: starts its processes itself; start it without a launcher")
-    from trainer.verify.layouts import REFERENCE, Refused, every_layout, fitted, report
+    from trainer.config.load import load_config
+    from trainer.verify.layouts import REFERENCE, Refused, differs, every_layout, fitted, report
 
     overrides = [*_SHORT, *args.overrides, f"train.steps={args.steps}"]
-    reference = fitted(REFERENCE, args.config, overrides)
+    config = load_config(args.config, overrides)
+    reference = fitted(REFERENCE, config, args.config)
     if isinstance(reference, Refused):
         raise UserError(f"{args.config}: {reference.reason}")
     outcomes: dict[Layout, Found | None] = {}  # in the order of the table, which is not that of the launches
     runs = {}
     for layout in every_layout(args.world):
-        wanted = fitted(layout, args.config, overrides)
+        wanted = fitted(layout, config, args.config)
         outcomes[layout] = wanted if isinstance(wanted, Refused) else None
         if not isinstance(wanted, Refused):
-            runs[layout] = wanted
+            runs[layout] = [*overrides, *wanted]
+    if not any(layout.world == args.world for layout in runs):
+        reason = next(found.reason for found in outcomes.values() if isinstance(found, Refused))
+        raise UserError(f"{args.config}: --world {args.world}: no layout applies: {reason}")
     with tempfile.TemporaryDirectory(prefix="moebius-layouts-") as folder:
         turns = _Turns(args, Path(folder), threads=max(1, (os.cpu_count() or 1) // args.world))
-        turns.train({REFERENCE: reference})
+        turns.train({REFERENCE: [*overrides, *reference]})
         for world in sorted({layout.world for layout in runs}):
             outcomes |= turns.train({layout: runs[layout] for layout in runs if layout.world == world})
-    found = {layout: outcome for layout, outcome in outcomes.items() if outcome is not None}
+        found = {layout: outcome for layout, outcome in outcomes.items() if outcome is not None}
+        wrong = [layout for layout, outcome in found.items() if differs(outcome, args.bound)][:_TRACED]
+        firsts = {layout: turns.first_difference([*overrides, *reference], layout, runs[layout]) for layout in wrong}
     about = {
         "config": " ".join([args.config, *args.overrides]),
         "processes": str(args.world),
         "steps": str(args.steps),
         "overrides for all": " ".join(_SHORT),
     }
-    return finish(report(found, args.bound, about), args)
+    return finish(report(found, firsts, args.bound, about), args)
 
 
 class _Turns:
@@ -89,7 +100,7 @@ class _Turns:
 
     def __init__(self, args: argparse.Namespace, folder: Path, threads: int) -> None:
         self._args, self._folder, self._threads = args, folder, threads
-        self._reference: str | None = None
+        self._reference: Path | None = None
 
     def train(self, runs: dict[Layout, list[str]]) -> dict[Layout, Found]:
         """What became of layouts of the same number of processes, one launch for all that end as they should.
@@ -102,66 +113,79 @@ class _Turns:
         found: dict[Layout, Found] = {}
         while len(found) < len(runs):
             left = {layout: wanted for layout, wanted in runs.items() if layout not in found}
-            done, problem = self._launch(left)
-            if self._reference is None:
-                if problem:
+            problem = self._launch(left, found)
+            failed = next((layout for layout in left if layout not in found), None)
+            if failed is not None:
+                if self._reference is None:
                     raise UserError(f"{self._args.config}: one process does not train it: {problem}")
-                self._reference = str(self._folder / next(iter(left)).name)
-                return {}
-            found |= done
-            if problem:
-                failed = next(layout for layout in left if layout not in done)
                 found[failed] = problem
         return found
 
-    def _launch(self, runs: dict[Layout, list[str]]) -> tuple[dict[Layout, Found], str]:
-        """What the layouts gave that ended, and why the next one did not."""
-        from launch import processes
-        from trainer.verify.turns import Plan, outcomes
+    def _launch(self, runs: dict[Layout, list[str]], found: dict[Layout, Found]) -> str:
+        """Add what the layouts gave that ended to ``found``; returns why the next one did not, if there is one."""
+        from trainer.verify.turns import Plan, count_ended
 
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             named = [(str(self._folder / layout.name), wanted) for layout, wanted in runs.items()]
-            plan = Plan(self._args.config, named, self._args.steps, self._reference, f"{folder}/outcomes.jsonl")
+            plan, layouts = Plan(self._args.config, named, f"{folder}/ended"), list(runs)
             Path(folder, "plan.json").write_text(json.dumps(asdict(plan)), encoding="utf-8")
-            world = next(iter(runs)).world
-            logs = [Path(folder, f"{rank}.log") for rank in range(world)]
-            threads = {"OMP_NUM_THREADS": str(self._threads)}
-            started = (
-                processes.started(
-                    "trainer.verify.turns",
-                    f"{folder}/plan.json",
-                    log=log,
-                    where=processes.environment(**{**threads, **place}),
-                )
-                for log, place in zip(logs, processes.places(world), strict=True)
-            )
-            shown = _Progress([layout.name for layout in runs])
-            codes = processes.exit_codes(started, self._args.limit, _GRACE, lambda: shown.at(len(outcomes(plan))))
-            done = dict(zip(runs, outcomes(plan), strict=False))
-            texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
-        ended = {layout: found for layout, found in done.items() if found is not None}
-        return ended, "" if len(done) == len(runs) else _problem(codes, texts, self._args.limit)
+            compared = 0
 
+            def compare() -> int:
+                nonlocal compared
+                while compared < count_ended(plan):
+                    layout = layouts[compared]
+                    found[layout] = self._compare(self._folder / layout.name)
+                    compared += 1
+                    if sys.stderr.isatty():
+                        print(f"trained: {layout.name}", file=sys.stderr, flush=True)
+                return compared
 
-def _problem(codes: list[int], logs: list[str], limit: float) -> str:
-    from launch import processes
+            arguments = ("trainer.verify.turns", f"{folder}/plan.json")
+            problem = self._ranks(layouts[0].world, *arguments, folder=Path(folder), progress=compare)
+            return problem if compare() < len(layouts) else ""
 
-    if set(codes) <= {0, processes.TIMED_OUT}:
-        return f"did not end within {limit:g} seconds"
-    rank = processes.blamed(codes, logs)
-    last = [line for line in logs[rank].splitlines() if line.strip()][-1:]
-    return " ".join([f"rank {rank} ended with exit code {codes[rank]}:", *last])
+    def _ranks(self, world: int, *command: str, folder: Path, progress: Callable[[], int] = lambda: 0) -> str:
+        """Run a module on so many ranks to its end; returns what went wrong, in one line."""
+        from launch import processes
 
+        logs = [folder / f"{rank}.log" for rank in range(world)]
+        shared = {"OMP_NUM_THREADS": str(self._threads)}
+        started = (
+            processes.started(*command, log=log, where=processes.environment(**shared, **place))
+            for log, place in zip(logs, processes.places(world), strict=True)
+        )
+        codes = processes.exit_codes(started, self._args.limit, _GRACE, progress)
+        if set(codes) <= {0, processes.TIMED_OUT}:
+            return f"did not end within {self._args.limit:g} seconds"
+        texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
+        rank = processes.blamed(codes, texts)
+        last = [line for line in texts[rank].splitlines() if line.strip()][-1:]
+        return " ".join([f"rank {rank} ended with exit code {codes[rank]}:", *last])
 
-class _Progress:
-    """A line on standard error for each layout that has ended, where someone may be looking."""
+    def first_difference(self, reference: list[str], layout: Layout, wanted: list[str]) -> str:
+        """Where a layout parts from one process, by traces of a few steps of both."""
+        from trainer.verify.compare import compare
+        from trainer.verify.layouts import REFERENCE
 
-    def __init__(self, names: list[str]) -> None:
-        self._names, self._said = names, 0
+        traces = {name: self._folder / f"trace-{name}" for name in (REFERENCE.name, layout.name)}
+        for (name, trace), world, overrides in zip(traces.items(), (1, layout.world), (reference, wanted), strict=True):
+            if not trace.exists():
+                logs = self._folder / f"logs-{name}"
+                logs.mkdir()
+                command = ("launch.verify.record", "--config", self._args.config, "--out", str(trace), *overrides)
+                problem = self._ranks(world, *command, folder=logs)
+                if not trace.exists():
+                    return f"{name} left no trace: {problem}"
+        first = compare(*traces.values()).first
+        return str(first) if first else "none in the first steps; compare longer traces of `moebius verify record`"
 
-    def at(self, number: int) -> int:
-        for name in self._names[self._said : number]:
-            if sys.stderr.isatty():
-                print(f"trained: {name}", file=sys.stderr, flush=True)
-        self._said = number
-        return number
+    def _compare(self, run: Path) -> Difference:
+        """With the reference, which is the first one. A run that has been compared need not stay on the disk."""
+        from trainer.verify.difference import difference
+
+        self._reference = self._reference or run
+        found = difference(self._reference, run, self._args.steps)
+        if run != self._reference:
+            shutil.rmtree(run)
+        return found

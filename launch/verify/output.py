@@ -14,9 +14,10 @@ _LONG = 60  # rows of a table that a terminal shows; of a longer one only those 
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
-    """``--html`` and ``--json``."""
+    """``--html``, ``--json`` and ``--markdown``."""
     parser.add_argument("--html", metavar="FILE", help="write the report as one HTML file")
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--markdown", metavar="FILE", help="write its tables as Markdown")
 
 
 def finish(report: Report, args: argparse.Namespace) -> int:
@@ -30,11 +31,13 @@ def finish(report: Report, args: argparse.Namespace) -> int:
     from launch.show import console
     from trainer.verify.report import Table
 
-    written = [path for path in (args.html, args.json) if path]
+    written = [path for path in (args.html, args.json, args.markdown) if path]
     if args.html:
         report.write_html(args.html)
     if args.json:
         report.write_json(args.json)
+    if args.markdown:
+        report.write_markdown(args.markdown)
     out = console()
     out.print(report.title, style="bold", markup=False)
     for section in report.sections:

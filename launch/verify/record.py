@@ -2,7 +2,11 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # started as a file: the launcher puts this folder on the path, not the repository's root
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from launch.arguments import ConfigParser
 from launch.errors import run
@@ -13,7 +17,8 @@ def main(argv: list[str]) -> int:
     parser = ConfigParser(
         "moebius verify record",
         "Train a few steps, once as configured and once at learning rate 0, and write down data, weights, what every "
-        "module gives, choices of experts, gradients and updates. Several ranks: torchrun -m launch.verify.record ...",
+        "module gives, choices of experts, gradients and updates. Several ranks: deepspeed --num_accelerators N "
+        "launch/verify/record.py ...",
     )
     add = parser.add_argument
     add("--out", metavar="DIR", required=True, help="folder for trace.json and trace.npz")
@@ -56,6 +61,4 @@ def _record(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    import sys
-
     sys.exit(main(sys.argv[1:]))

@@ -43,7 +43,8 @@ class HostExecutor(TorchDispatchMode):
         flat, _ = tree_flatten((args, kwargs))
         device = next((x.device for x in flat if _on_npu(x)), None)
         asked = kwargs.get("device")
-        if device is None and (asked is None or torch.device(asked).type != "npu"):
+        kind = None if asked is None else torch.device(asked).type
+        if kind == "meta" or (device is None and kind != "npu"):
             return func(*args, **kwargs)
         if namespace == "aten" and (func.is_view or name in _METADATA):
             return func(*args, **kwargs)

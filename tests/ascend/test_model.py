@@ -1,4 +1,4 @@
-"""Whole models on the simulated NPU: DeepSeek-V3 (MLA, experts, multi-token prediction) and gpt-oss (GQA, window, sinks).
+"""Whole models on the simulated NPU: DeepSeek-V3 (MLA, multi-token prediction) and gpt-oss (GQA, window, sinks).
 
 First on torch's fake tensors, where every operator only says shapes and dtypes, by torch_npu's own rules; then with
 values, next to the CPU.
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from backends.cpu import CpuOperations
 from tests.ascend.executor import HostExecutor
 from trainer.config.load import load_config
-from trainer.model import MoETransformer, materialize
+from trainer.model import MoETransformer, Share, materialize
 
 FAMILIES = ("deepseek-v3", "gpt-oss")
 SERVED = {  # the operators of torch_npu that a step of each has to have called, forward and backward
@@ -59,8 +59,6 @@ def test_fake_tensors_reach_every_weight(npu, family, documents):
         config = load_config(f"configs/models/tiny/{family}.yaml", []).model
         model = MoETransformer(config, npu.ops, device=npu.device, dtype=torch.bfloat16)
         tokens, positions, packed, labels = (torch.empty(2, 24, dtype=torch.int64, device=npu.device) for _ in range(4))
-        from trainer.model.context import Share
-
         share = Share(48, 2)
         loss = model(tokens, positions, packed if documents else None, labels, share)
         loss.backward()

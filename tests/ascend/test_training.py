@@ -4,10 +4,13 @@ Everything of a run takes part: the loop, DeepSpeed's engine with torch's fused 
 ``cpu:gloo,npu:gloo``, evaluation and checkpoints. Only HCCL does not.
 """
 
+import os
+from unittest import mock
+
 import pytest
 
-from tests.distributed.comparison import difference
 from tests.distributed.ranks import run_ranks
+from trainer.verify.difference import difference
 
 STEPS = 3
 COMMON = f"train.steps={STEPS} train.eval_every=2 train.bigram_baseline=false checkpoint.every={STEPS}"
@@ -32,7 +35,8 @@ def runs(small, tmp_path_factory):
     called = {}
     for world in (1, 2):
         lines = [line(name, overrides) for name, (size, overrides) in LAYOUTS.items() if size == world]
-        called[world] = run_ranks(world, "tests.ascend.train_ranks", str(small), *lines, fresh=True)
+        with mock.patch.dict(os.environ, STAND_IN_NPUS=str(world)):
+            called[world] = run_ranks(world, "tests.ascend.train_ranks", str(small), *lines, fresh=True)
     return place, called
 
 

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import backends
-from backends import UserError, peak, processor, selection
+from backends import UserError, ascend_state, peak, processor, selection
 from backends.cpu import CpuBackend
 
 
@@ -55,11 +56,69 @@ def test_cuda_without_cuda_says_why_and_what_to_do():
     assert "\n" not in str(error.value)
 
 
-def test_ascend_says_what_is_missing(monkeypatch):
-    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
-    monkeypatch.delenv("ASCEND_TOOLKIT_HOME", raising=False)
-    with pytest.raises(UserError, match="'ascend'.*torch_npu is.*CANN.*no Ascend operations yet; use backend=cpu"):
+CANN = {"ASCEND_HOME_PATH": "/usr/local/Ascend"}
+
+
+def _installed(patch, version="2.13.0", variables=CANN, gpus=None, cann=True, loads=None, devices=1):
+    """Pretend that this much of the Ascend stack is here. ``loads`` is the exception of torch_npu's import."""
+
+    def load():
+        if loads is not None:
+            raise loads
+
+    def library(name):
+        if not cann:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    patch.delenv("ASCEND_HOME_PATH", raising=False)
+    for name, value in variables.items():
+        patch.setenv(name, value)
+    patch.setattr(ascend_state.importlib.metadata, "version", lambda name: version)
+    patch.setattr(ascend_state.ctypes, "CDLL", library)
+    patch.setattr(ascend_state, "load", load)
+    patch.setattr(torch, "__version__", "2.13.0+cpu")
+    patch.setattr(torch.version, "cuda", gpus)
+    patch.setattr(torch, "get_device_module", lambda name: SimpleNamespace(device_count=lambda: devices))
+
+
+ASCEND_PROBLEMS = {
+    r"torch_npu 2.12.0 is not for torch 2.13.0\+cpu\); pip install torch-npu==2.13.0": {"version": "2.12.0"},
+    r"torch 2.13.0\+cpu is built for GPUs.*\); pip install torch==2.13.0 --index-url .*/cpu": {"gpus": "13.0"},
+    r"CANN is not set up: there is no ASCEND_HOME_PATH\); install CANN and run `source .*set_env.sh`": {"variables": {}},
+    r"CANN at ASCEND_HOME_PATH=/usr/local/Ascend cannot be loaded: libascendcl.so: .*set_env.sh": {"cann": False},
+    r"torch_npu cannot be loaded: libhccl.so\); check CANN's version": {"loads": ImportError("libhccl.so\nmore")},
+    r"torch_npu finds no NPU\); check `npu-smi info`, the driver and ASCEND_RT_VISIBLE_DEVICES": {"devices": 0},
+}
+
+
+@pytest.mark.parametrize("line", ASCEND_PROBLEMS)
+def test_ascend_says_what_is_wrong_and_what_to_do(monkeypatch, line):
+    _installed(monkeypatch, **ASCEND_PROBLEMS[line])
+    with pytest.raises(UserError, match=rf"backend: 'ascend' is not available here \({line}") as error:
         backends.select("ascend")
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    assert backends.select("auto").name == "cpu"
+
+
+def test_ascend_without_torch_npu(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    with pytest.raises(UserError, match="torch_npu is not installed.; pip install torch-npu==2.13.0, or use backend=c"):
+        backends.select("ascend")
+
+
+def test_all_of_ascend_is_no_problem(monkeypatch):
+    _installed(monkeypatch, version="2.13.0.post1")
+    assert ascend_state.ascend_problem() is None
+
+
+def test_torch_does_not_load_torch_npu_by_itself():
+    """Where CANN is missing `import torch` would fail before anybody could say so."""
+    show = "import backends, os; print(os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'])"
+    for given, expected in (({}, "0"), ({"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}, "1")):
+        inherited = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+        told = subprocess.run([sys.executable, "-c", show], env=inherited | given, capture_output=True, text=True)
+        assert told.stdout.strip() == expected, told.stderr
 
 
 def test_an_unknown_name_lists_the_known():

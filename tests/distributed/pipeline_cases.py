@@ -35,7 +35,7 @@ def main() -> None:
     path, folder = sys.argv[1:]
     found: dict[str, Any] = {}
     for schedule in ("1f1b", "zbv", "interleaved-zero-bubble"):
-        overrides = Case(schedule, pp=2, recompute=True).overrides(2).split()
+        overrides = Case(schedule, pp=2, recompute=True).line(2).split()
         quiet = ["metrics.trace_step=2", "train.eval_every=0", "train.eval_sequences=1", "checkpoint.every=0"]
         run_dir = f"{folder}/{schedule}"
         run = prepare(small_config(Path(path), *overrides, *quiet, f"run_dir={run_dir}"), path, False)

@@ -36,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # The mission's bound; every sum of a layout has another order than one process, and AdamW's division by sqrt(v)
 # magnifies that for elements whose gradient is near 0. Measured: docs/parallelism.md.
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.folder)
 def test_a_schedule_trains_the_same_model(runs: Path, case: Case) -> None:
     found = compare(runs, [case], SHORT, Case())[case]
     assert found.within(BOUND), found
@@ -82,7 +82,7 @@ def test_bf16_stays_within_its_noise(tmp_path: Path) -> None:
     train(tmp_path, [plain, otherwise, *cases], SHORT)
 
     def apart(case: Case) -> list[float]:
-        pairs = zip(records(tmp_path / plain.name), records(tmp_path / case.name), strict=True)
+        pairs = zip(records(tmp_path / plain.folder), records(tmp_path / case.folder), strict=True)
         return [abs(one["loss"] - other["loss"]) / one["loss"] for one, other in pairs if "loss" in one]
 
     floor = mean(apart(otherwise))
@@ -90,7 +90,7 @@ def test_bf16_stays_within_its_noise(tmp_path: Path) -> None:
         found = apart(case)
         assert found[0] < 1e-6  # nothing has been rounded differently yet
         # The mean of six draws of a noise: three times another one's is a rare accident.
-        assert mean(found) < 3 * floor, (case.name, found, floor)
+        assert mean(found) < 3 * floor, (case.folder, found, floor)
 
 
 # Of the whole matrix, which takes an hour: every schedule on eight ranks, in turn over the layouts.
@@ -108,4 +108,4 @@ def test_the_long_matrix(tmp_path: Path) -> None:
     """Twenty steps on up to eight ranks."""
     train(tmp_path, [Case(), *LONG], STEPS)
     found = compare(tmp_path, LONG, STEPS, Case())
-    assert not {case.name: apart for case, apart in found.items() if not apart.within(BOUND)}
+    assert not {case.folder: apart for case, apart in found.items() if not apart.within(BOUND)}

@@ -43,6 +43,9 @@ _CONTINUED = (
     "moebius train --config tiny-weights/config.yaml data.source=text 'data.paths=[~/texts]' "
     "data.sequence_length=256 train.global_batch_tokens=1024 train.steps=50 schedule.warmup_steps=10"
 )
+_RECORD = "--config configs/tiny.yaml --out runs/trace"
+RECORD = f"moebius verify record {_RECORD} --noise"
+RECORD_TWO = f"deepspeed --num_accelerators 2 launch/verify/record.py {_RECORD}-ep2 parallel.expert=2"
 _TWO = "launch/train.py --config configs/tiny.yaml parallel.expert=2 name=tiny-two"
 _BIG = "launch/train.py --config configs/tiny.yaml parallel.expert=8 train.global_batch_tokens=65536 name=big"
 
@@ -67,6 +70,9 @@ INSIDE = {
 }
 
 STARTED = {
+    RECORD: Started(TINY, shows="readings"),
+    RECORD_TWO: Started(TINY, needs=RECORD, shows="readings"),
+    "moebius verify compare runs/trace runs/trace-ep2": Started((), needs=RECORD_TWO, shows="same: ", trains=False),
     TRAIN: Started(TINY, shows="A sample of what the model writes, after the beginnings of held-out documents:"),
     "moebius train --config configs/tiny.yaml --resume": Started(
         (*TINY, "train.steps=3"), needs=TRAIN, shows="from step 2 on"
@@ -90,9 +96,11 @@ STARTED = {
 SAME: dict[str, str] = {}
 
 # Run by .ci/run, because they run these tests or take minutes. The target must exist, and .ci/run must name it.
-BY_CI = {"make train", "make test", "make test-slow", "make lint"}
+BY_CI = {"make train", "make test", "make test-slow", "make test-ascend-sim", "make lint"}
 
 NOT_HERE = {
+    "moebius verify record --config tests/verify/golden/golden.yaml --out tests/verify/golden --steps 2 "
+    "--noise": "writes into the checkout; .ci/run and tests/verify/test_golden.py record the same elsewhere",
     "moebius train --config configs/models/telechat3-105b.yaml --dry-run --world-size 4096 --rank 0": "a minute; "
     "tests/distributed/test_dry_run.py runs it",
     "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train": "downloads packages",
@@ -102,6 +110,8 @@ NOT_HERE = {
     "make test ARGS=tests/backends/conformance": "runs tests inside a test",
     "make test-cuda": "a GPU; tests/backends/test_cuda.py starts it without one",
     "make test-ascend": "an NPU; the same suite as above on another device",
+    "source /usr/local/Ascend/ascend-toolkit/set_env.sh": "CANN",
+    "pip install --editable '.[ascend]' --extra-index-url https://download.pytorch.org/whl/cpu": "installs",
     "benchmarks/cuda.sh": "a GPU; tests/benchmarks/test_cuda_script.py starts it without one, and dry",
     "source .venv/bin/activate": "changes the shell; here the environment is on the path",
     "python benchmarks/step.py --config configs/bench/qwen3.yaml --peer transformers --profile": "minutes; "
@@ -150,6 +160,8 @@ NOT_IN_THE_CHECKOUT = {
     "generation_config.json",
     "model.safetensors.index.json",
     "manifest.json",
+    "trace.json",
+    "trace.npz",
     "runs/tiny/checkpoints/step-000250",
     "~/texts",
 }

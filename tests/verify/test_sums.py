@@ -42,10 +42,10 @@ def test_memory_layout_and_dtype_mean_nothing() -> None:
 
 
 def test_the_sketch_estimates_the_norm_of_a_difference() -> None:
-    """Eight buckets estimate a square sum within a factor of 3 nearly always; their mean over tensors is unbiased."""
+    """Also where all of it has one sign, as scaling has. Eight buckets estimate a square sum within a factor of 3 nearly always; their mean over tensors is unbiased."""
     ratios = []
     for seed in range(200):
-        x, noise = values(5000, seed=seed), 1e-4 * values(5000, seed=seed + 1000)
+        x, noise = values(5000, seed=seed), 1e-4 * (1 + values(5000, seed=seed + 1000))
         one, other = row_of(x, 0, 5000), row_of(x + noise, 0, 5000)
         found = np.linalg.norm(one[SKETCH] - other[SKETCH]) ** 2 / float(noise.double().square().sum())
         ratios.append(found)
@@ -70,9 +70,9 @@ def test_what_is_not_finite_is_far_from_everything(bad: float) -> None:
 
 
 def test_nothing_of_a_large_tensor_is_copied() -> None:
-    """128 MB; what a block of 65,536 elements takes in fp64, with its hashes, is below 10."""
-    x = torch.randn(32, 2**20)
+    """32 MB; what a block of 65,536 elements takes in fp64, with its hashes, is about 4."""
+    x = torch.randn(8, 2**20)
     row_of(x[:1], 0, x.numel())
     growth = {"contiguous": peak_growth(lambda: row_of(x, 0, x.numel()))}
     growth["turned"] = peak_growth(lambda: row_of(x.view(2**10, -1).t(), 0, x.numel()))
-    assert max(growth.values()) < 32 * 2**20, growth
+    assert max(growth.values()) < 12 * 2**20, growth

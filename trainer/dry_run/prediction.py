@@ -59,9 +59,9 @@ def predict(config: Config, where: str, world_size: int, rank: int, imbalance: f
     validate_layout(config, world_size, where)
     _check_imbalance(config, imbalance)
     backend = backends.select("cpu")
-    with _world(world_size, rank):
+    with fake_world(world_size, rank):
         topology = topologies.start(backend, config.parallel)
-        memory, traffic = Memory(), Traffic(_names(topology), imbalance)
+        memory, traffic = Memory(), Traffic(axis_names(topology), imbalance)
         shorter, times = _shorter(config, world_size)
         batch = _batch(shorter, world_size)
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes, Operations(fakes, memory, traffic):
@@ -110,7 +110,7 @@ def _check_imbalance(config: Config, imbalance: float) -> None:
 
 
 @contextmanager
-def _world(size: int, rank: int) -> Iterator[None]:
+def fake_world(size: int, rank: int) -> Iterator[None]:
     """torch's fake process group, of which this process is one rank."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Set timeout is now only supported")
@@ -122,7 +122,7 @@ def _world(size: int, rank: int) -> Iterator[None]:
             topologies.stop()
 
 
-def _names(topology: Topology) -> dict[str, str]:
+def axis_names(topology: Topology) -> dict[str, str]:
     """The axis of each process group; the smaller one where two are the same ranks."""
     axes = [("world", topology.world), ("dp", topology.dp), ("edp", topology.edp), ("pp", topology.pp)]
     axes += [("ep", topology.ep_backward), ("ep", topology.ep)]

@@ -29,7 +29,7 @@ from trainer.verify.findings import (
 )
 from trainer.verify.places import backward_order, forward_place
 from trainer.verify.readings import Key
-from trainer.verify.sums import SUM
+from trainer.verify.sums import COUNT, SUM
 from trainer.verify.tolerance import FIRST_LOSS, MEAN_LOSS, MEAN_NORM, Tolerance
 from trainer.verify.trace import Trace, load
 from trainer.verify.updates import of_bias, of_update
@@ -51,11 +51,14 @@ class _Pair:
 
     def __init__(self, one: Trace, other: Trace, first: Path, second: Path) -> None:
         self.one, self.other, self.names = one, other, (str(first), str(second))
-        apart = set(one.header.parameters) ^ set(other.header.parameters)
+        shapes = [
+            {key.name: trace.rows[key][COUNT] for key in trace.keys("train", 0, "weight")} for trace in (one, other)
+        ]
+        apart = sorted(dict(shapes[0].items() ^ shapes[1].items()))
         if apart:
             raise UserError(
-                f"{second}: is of another model than {first}: only one has {sorted(apart)[0]}; compare traces of one "
-                "config"
+                f"{second}: is of another model than {first}: {apart[0]} has another shape or is missing; compare "
+                "traces of one model"
             )
         self.tolerance = Tolerance(one, other)
         self.steps = range(1, min(one.header.steps, other.header.steps) + 1)
@@ -189,6 +192,8 @@ class _Pair:
         first = next((each.key for each in self._measure(totals) if each.differs), None)
         if first is None:
             return None
+        if first not in self.other.rows:
+            return first.name, "missing", "the second trace does not have it"
         one, other = self._rows(first)
         place = {"lm_loss": "head", "mtp_loss": "mtp", "loss": "loss"}.get(first.name, first.name)
         kind, evidence = classify.of_rows(one, other, self.layout)
@@ -220,12 +225,10 @@ class _Pair:
         """What the numbers say for certain; empty where the place says more."""
         if kind == "not finite" or (kind == "precision" and classify.in_bf16(self.other.rows[key])):
             return kind
-        scaled = key.kind == "loss" and kind == "scaling"
-        return (
-            "the loss is scaled"
-            if scaled and classify.multiple(self.other.rows[key][SUM] / self.one.rows[key][SUM])
-            else ""
-        )
+        if key.kind == "loss" and kind == "scaling":
+            one, other = self._rows(key)
+            return "the loss is scaled" if classify.multiple(other[SUM] / one[SUM]) else ""
+        return ""
 
     def _evidence(self, key: Key) -> tuple[str, str]:
         if key not in self.other.rows:
@@ -251,7 +254,7 @@ class _Pair:
             self.ties += len(flipped)
             self.loose.add(run)
             return None
-        wrong = flipped[lead > self.tolerance.margin]
+        wrong = flipped[~(lead <= self.tolerance.margin)]  # NaN too
         changed = sum(len(set(one[token]) - set(other[token])) for token in flipped)
         evidence = (
             f"{len(flipped)} of {len(one)} tokens chose other experts ({changed} choices), token {wrong[0]} first; "

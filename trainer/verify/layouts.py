@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Union
 
 from backends.errors import UserError
 from parallel.pipeline.order import SCHEDULES
-from trainer.config.load import load_config
+from trainer.config.schema import Config
 from trainer.config.validate import validate_layout
 from trainer.verify.difference import Difference
 from trainer.verify.report import Cell, Heatmap, Report, Section, Table
@@ -69,25 +69,24 @@ class Refused:
     reason: str
 
 
-def fitted(layout: Layout, where: str, overrides: Sequence[str]) -> Union[list[str], Refused]:
-    """All overrides with which a config runs under a layout.
+def fitted(layout: Layout, config: Config, where: str) -> Union[list[str], Refused]:
+    """The overrides with which a config runs under a layout.
 
     Micro-batches are the config's own where they fit, else the largest that divide them and fit.
 
-    Raises:
-        UserError: the config is wrong whatever the layout.
+    Args:
+        where: the config file, for reasons.
     """
-    own = load_config(where, list(overrides)).train.micro_batch_size
-    reason = ""
+    own, reason = config.train.micro_batch_size, ""
     for size in (size for size in range(own, 0, -1) if own % size == 0):
-        wanted = [*overrides, *layout.overrides(), f"train.micro_batch_size={size}"]
-        config = load_config(where, wanted)
+        parallel = replace(config.parallel, pipeline=layout.pp, schedule=layout.schedule, expert=layout.ep)
+        wanted = replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=size))
         try:
-            validate_layout(config, layout.world, where)
+            validate_layout(wanted, layout.world, where)
         except UserError as error:
             reason = reason or str(error).removeprefix(f"{where}: ")
         else:
-            return wanted
+            return [*layout.overrides(), f"train.micro_batch_size={size}"]
     return Refused(reason)
 
 
@@ -97,16 +96,22 @@ Found = Union[Difference, Refused, str]
 _FIGURES = {"loss": "losses", "grad_norm": "norms", "weights": "weights", "moments": "moments"}
 
 
-def is_same(found: Found, bound: float) -> bool:
-    """Whether a layout trained the model that one process trains."""
-    return isinstance(found, Difference) and found.within(bound)
+def differs(found: Found, bound: float) -> bool:
+    """Whether a layout trained to its end, and another model."""
+    return isinstance(found, Difference) and not found.within(bound)
 
 
-def report(outcomes: Mapping[Layout, Found], bound: float, about: Mapping[str, str]) -> Report:
-    """The matrix. A layout that does not apply is no difference; the whole is ``same`` if at least one applies."""
+def report(
+    outcomes: Mapping[Layout, Found], firsts: Mapping[Layout, str], bound: float, about: Mapping[str, str]
+) -> Report:
+    """The matrix. A layout that does not apply is no difference.
+
+    Args:
+        firsts: where layouts part from one process, of those where that was looked for.
+    """
     ran = {layout: found for layout, found in outcomes.items() if not isinstance(found, Refused)}
     refused = {layout: found for layout, found in outcomes.items() if isinstance(found, Refused)}
-    bad = {layout: found for layout, found in ran.items() if not is_same(found, bound)}
+    bad = {layout: found for layout, found in ran.items() if isinstance(found, str) or differs(found, bound)}
     if bad:
         first, found = next(iter(bad.items()))
         summary = (
@@ -126,14 +131,15 @@ def report(outcomes: Mapping[Layout, Found], bound: float, about: Mapping[str, s
         f"{10 * bound:.0e}. Tokens per expert at every step and the experts' final biases have to be equal."
     )
     sections: list[Section] = [_heat(ran, bound), Table("Layouts", columns, rows, marks, note)]
+    if firsts:
+        traced = [(layout.name, first) for layout, first in firsts.items()]
+        sections.append(Table("First difference, by a trace of a few steps", ("layout", "where"), traced))
     failed = [(layout.name, found) for layout, found in ran.items() if isinstance(found, str)]
     if failed:
         sections.append(Table("Did not train to the end", ("layout", "why"), failed, ["different"] * len(failed)))
     if refused:
         reasons = [(layout.name, found.reason) for layout, found in refused.items()]
         sections.append(Table("Does not apply", ("layout", "why"), reasons))
-    if not ran:
-        raise UserError(f"--world: no layout applies, as {next(iter(refused.values())).reason}")
     return Report("Layouts against one process", "different" if bad else "same", summary, sections, about)
 
 

@@ -78,7 +78,8 @@ def _lines(lines: Lines) -> str:
 
 def _heatmap(heatmap: Heatmap) -> str:
     found = [value for row in heatmap.values for value in row if value is not None and 0 < value < math.inf]
-    low, high = (math.log(min(found)), math.log(max(found))) if found else (0.0, 0.0)
+    strongest = max([*found, heatmap.bound or 0])  # what is well below the bound shall not look like an alarm
+    low, high = (math.log(min(found)), math.log(strongest)) if found else (0.0, 0.0)
     head = "".join(f"<th>{escape(name)}</th>" for name in heatmap.columns)
     rows = []
     for name, values in zip(heatmap.rows, heatmap.values, strict=True):
@@ -87,7 +88,7 @@ def _heatmap(heatmap: Heatmap) -> str:
             title = escape(f"{name}, {column}: {'nothing to compare' if value is None else f'{value:.3e}'}")
             over = value is not None and heatmap.bound is not None and not value <= heatmap.bound
             style = f' style="background: rgb(var(--hot) / {_heat(value, low, high):.0%})"' if value else ""
-            text = "" if value is None else "0" if value == 0 else f"{value:.0e}"
+            text = "" if value is None else f"{value:.2g}" if value == 0 or 0.01 <= value < 100 else f"{value:.0e}"
             cells.append(f'<td{" class=over" if over else ""}{style} title="{title}">{text}</td>')
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
     body = "\n".join(rows)

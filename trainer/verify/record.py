@@ -167,7 +167,7 @@ def _otherwise(config: Config, run: Run) -> Config:
 
 
 def _in_order(names: list[list[str]]) -> list[str]:
-    """Parameters of all ranks as the whole model has them: embedding, layers by number, norm, head, then the rest."""
+    """Parameters of all ranks in the order of the forward pass; multi-token prediction stands before the head."""
 
     def place(name: str) -> tuple[int, int]:
         first, _, rest = name.partition(".")

@@ -126,6 +126,19 @@ class Report:
         """
         _write(path, json.dumps(finite(self.content()), allow_nan=False) + "\n", "--json")
 
+    def write_markdown(self, path: str) -> None:
+        """Verdict and tables, for documents and comments.
+
+        Raises:
+            UserError: ``path`` cannot be written.
+        """
+        lines = [f"**{self.verdict.capitalize()}:** {_in_cell(self.summary)}", ""]
+        for section in self.sections:
+            if isinstance(section, Table):
+                lines += [f"### {section.title}", "", *_rows(section), ""]
+                lines += [section.note, ""] if section.note else []
+        _write(path, "\n".join(lines), "--markdown")
+
     def content(self) -> dict[str, Any]:
         """Everything in it as dictionaries and lists."""
         sections = [{"kind": section.kind, **asdict(section)} for section in self.sections]
@@ -139,6 +152,15 @@ def _write(path: str, text: str, flag: str) -> None:
         raise UserError(
             f"{flag} {path}: cannot be written ({error.strerror}); name a file in a folder that exists"
         ) from error
+
+
+def _rows(table: Table) -> list[str]:
+    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return [f"| {' | '.join(_in_cell(shown(cell)) for cell in row)} |" for row in rows]
+
+
+def _in_cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def shown(cell: Cell) -> str:

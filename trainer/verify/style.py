@@ -46,7 +46,9 @@ tr.different td:first-child, tr.same td:first-child { padding-left: .7rem; }
 tr.different td:first-child { box-shadow: inset 3px 0 var(--different); }
 tr.same td:first-child { box-shadow: inset 3px 0 var(--same); }
 table.heat { width: auto; border-collapse: separate; border-spacing: 2px; font-size: .78rem; }
-table.heat th, table.heat td { border: 0; padding: .16rem .5rem; white-space: nowrap; }
+table.heat th, table.heat thead th { text-align: center; }
+table.heat td { border: 0; padding: .16rem .5rem; white-space: nowrap; }
+table.heat thead th { text-align: center; }
 table.heat td { min-width: 3.6rem; text-align: center; border-radius: 3px; background: var(--paper); }
 table.heat td.over { outline: 2px solid var(--different); outline-offset: -2px; font-weight: 600; }
 .note { margin: .7rem 0 0; color: var(--soft); font-size: .85rem; }

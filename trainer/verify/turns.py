@@ -1,23 +1,20 @@
-"""On every rank: train one config under several layouts in turn, in one process group, and compare each as it ends.
+"""On every rank: train one config under several layouts in turn, in one process group.
 
-``python -m trainer.verify.turns PLAN``, where PLAN is a :class:`Plan` as JSON. A launch costs seconds, most of them
-imports; and a run that has been compared need not stay on the disk.
+``python -m trainer.verify.turns PLAN``, where PLAN is a :class:`Plan` as JSON. Starting a process costs seconds, most
+of them imports.
 """
 
 import json
 import os
-import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
 
 from backends.errors import UserError
 from parallel import topology
 from trainer.config.load import load_config
 from trainer.loop import Loop
 from trainer.setup import prepare
-from trainer.verify.difference import Difference, difference
 
 
 @dataclass(frozen=True)
@@ -27,52 +24,46 @@ class Plan:
     Attributes:
         where: the config file.
         runs: run directory and overrides of each run.
-        steps: of each.
-        reference: the run directory that each is compared with, and removed then; None: they stay.
-        outcomes: a file that gets a line of JSON for each run as it ends: its ``difference`` (null without a
-            reference), or the ``error`` that a user can mend.
+        ended: a file that gets a line for each run as it ends: empty, or what a user has to mend.
     """
 
     where: str
     runs: list[tuple[str, list[str]]]
-    steps: int
-    reference: Optional[str]
-    outcomes: str
+    ended: str
 
 
 def train(plan: Plan) -> None:
-    """Do it; every rank calls this."""
+    """Do it; every rank calls this. It ends with the first run that cannot be had."""
     for run_dir, overrides in plan.runs:
-        outcome: dict[str, Any] = {"difference": None}
+        problem = ""
         try:
             config = load_config(plan.where, [*overrides, f"run_dir={run_dir}"])
             Loop(prepare(config, plan.where, resume=False)).train()
         except UserError as error:
-            outcome = {"error": str(error)}
+            problem = " ".join(str(error).split())
         if os.environ["RANK"] == "0":
-            if plan.reference is not None and "error" not in outcome:
-                found = difference(Path(plan.reference), Path(run_dir), plan.steps)
-                outcome["difference"] = asdict(found)
-                shutil.rmtree(run_dir)
-            with open(plan.outcomes, "a", encoding="utf-8") as file:
-                file.write(json.dumps(outcome) + "\n")
+            with open(plan.ended, "a", encoding="utf-8") as file:
+                file.write(problem + "\n")
+        if problem:
+            return
 
 
-def outcomes(plan: Plan) -> list[Optional[Difference]]:
-    """What :func:`train` has written so far; None for a run without a reference.
+def count_ended(plan: Plan) -> int:
+    """How many of its runs have ended.
 
     Raises:
-        UserError: a run ended with one.
+        UserError: one cannot be had.
     """
-    path = Path(plan.outcomes)
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    error = next((outcome["error"] for outcome in found if "error" in outcome), None)
-    if error is not None:
-        raise UserError(error)
-    return [Difference(**outcome["difference"]) if outcome["difference"] else None for outcome in found]
+    path = Path(plan.ended)
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # one may be half written
+    for problem in lines:
+        if problem:
+            raise UserError(problem)
+    return len(lines)
 
 
 def main() -> None:
+    """As the module's first lines say."""
     train(Plan(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
     topology.stop()  # a gloo thread that still drops a tensor when the interpreter ends would abort the process
 

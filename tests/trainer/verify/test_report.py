@@ -86,10 +86,13 @@ def test_nan_is_beyond_every_bound(tmp_path):
     assert "class=over" in text and ">nan</td>" in text
 
 
-def test_colours_are_logarithmic(tmp_path):
-    heat = Heatmap("h", ["r"], ["a", "b", "c"], [[1e-8, 1e-6, 1e-4]])
+@pytest.mark.parametrize(
+    "bound, strengths", [(None, ["8", "44", "80"]), (1e-4, ["8", "44", "80"]), (1.0, ["8", "26", "44"])]
+)
+def test_colours_are_logarithmic_up_to_the_bound(tmp_path, bound, strengths):
+    heat = Heatmap("h", ["r"], ["a", "b", "c"], [[1e-8, 1e-6, 1e-4]], bound)
     found = re.findall(r"--hot\) / (\d+)%", html(Report("t", "same", "s", [heat]), tmp_path))
-    assert found == ["8", "44", "80"]
+    assert found == strengths
 
 
 def test_zeros_that_a_logarithmic_axis_cannot_show_are_said(tmp_path):
@@ -113,11 +116,20 @@ def test_json_holds_everything(tmp_path):
     assert heat["kind"] == "heatmap" and heat["values"] == [[0.0, 1e-7], [None, None]] and heat["bound"] == 1e-6
 
 
+def test_markdown_has_verdict_and_tables(tmp_path):
+    table = Table("Weights", ("name", "error"), [("a|b", 1.5e-7), ("c", None)], note="A note.")
+    Report("t", "different", "Not the same.", [LINES, table]).write_markdown(str(tmp_path / "report.md"))
+    assert (tmp_path / "report.md").read_text().splitlines() == [
+        *("**Different:** Not the same.", "", "### Weights", "", "| name | error |", "| --- | --- |"),
+        *(r"| a\|b | 1.5e-07 |", "| c | – |", "", "A note."),
+    ]
+
+
 def test_exit_codes():
     assert REPORT.exit_code == 1 and Report("t", "same", "s").exit_code == 0
 
 
-@pytest.mark.parametrize("write", ["write_html", "write_json"])
+@pytest.mark.parametrize("write", ["write_html", "write_json", "write_markdown"])
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path, write):
     path = str(tmp_path / "no" / "report")
     with pytest.raises(UserError, match=f"--{write[6:]} {path}: cannot be written"):
