@@ -100,7 +100,7 @@ def test_a_step_in_bf16_is_as_near_to_fp32_as_the_cpus(npu, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_that_goes_on_has_the_cpus_logits(npu, family):
-    """With a cache: fewer queries than keys, and MLA over the compressed vectors, whose heads are slices of a weight."""
+    """With a cache: fewer queries than keys, and MLA over compressed vectors, whose heads are slices of a weight."""
 
     def logits(ops, device) -> list[Tensor]:
         model, cache = built(family, ops, device, torch.float32), Cache(13)
