@@ -119,7 +119,12 @@ NOT_HERE = {
     "python benchmarks/step.py --config configs/bench/dsv3.yaml --peer transformers --precision bf16": "minutes",
     "python benchmarks/bubble.py --pp 4 --microbatches 8 16": "a minute; tests/benchmarks runs it with pauses of 1 ms",
     "OMP_NUM_THREADS=1 python benchmarks/engine.py": "minutes; tests/benchmarks runs the script on a model of no size",
-    "python -m tests.distributed.matrix": "an hour; tests/distributed/test_pipelines.py runs parts of it",
+    "moebius verify layouts --config configs/tiny.yaml --world 8 model.num_layers=8 data.sequence_length=32": "an "
+    "hour; tests/distributed/test_pipelines.py runs parts of it",
+    "moebius verify layouts --config configs/tiny.yaml --world 2": "minutes; tests/launch/test_verify_layouts.py "
+    "runs it on a smaller model",
+    "moebius verify ops --config configs/tiny.yaml": "a minute; tests/trainer/verify/test_ops.py checks its operations",
+    "moebius verify run runs/reference runs/other": "two long runs; tests/trainer/verify/test_runs.py writes some",
     "tensorboard --logdir runs": "a server that runs until it is stopped",
     f"deepspeed --hostfile hosts {_BIG}": "two machines; tests/distributed/test_hosts.py makes two",
     "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr first --master-port 29500 "
