@@ -36,7 +36,7 @@ def runs(small, tmp_path_factory):
     for world in (1, 2):
         lines = [line(name, overrides) for name, (size, overrides) in LAYOUTS.items() if size == world]
         with mock.patch.dict(os.environ, STAND_IN_NPUS=str(world)):
-            called[world] = run_ranks(world, "tests.ascend.train_ranks", str(small), *lines, fresh=True)
+            called[world] = run_ranks(world, "tests.ascend.train_ranks", str(small), *lines, timeout=500, fresh=True)
     return place, called
 
 
