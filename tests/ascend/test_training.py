@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.ranks import run_ranks
 from trainer.verify.difference import difference
 
-STEPS = 3
+STEPS = 2
 COMMON = f"train.steps={STEPS} train.eval_every=2 train.bigram_baseline=false checkpoint.every={STEPS}"
 LAYOUTS = {
     "alone": (1, ""),
