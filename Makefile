@@ -10,7 +10,7 @@ ARGS   ?=
 .PHONY: help train test test-slow test-cuda test-ascend test-ascend-sim lint clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 	@echo 'Arguments go into ARGS: make train ARGS="train.steps=20 name=short"'
 	@echo 'Go on with a run: make train ARGS=--resume'
 

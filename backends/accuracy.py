@@ -153,7 +153,7 @@ def _forward_and_backward(
         for name, value in inputs.items()
     }
     outputs = _named(run(ops, *given.values()))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(2**31 + seed)  # whoever drew the inputs may have begun with the seed
     differentiable, gradients = [], []
     for name, output in outputs.items():
         if isinstance(output, Tensor) and output.requires_grad:

@@ -22,7 +22,8 @@ def main(argv: list[str]) -> int:
 def _info(as_json: bool) -> int:
     from backends import describe_all
 
-    found = {"versions": versions(), "devices": devices(), "backends": describe_all()}
+    described = describe_all()  # first: it loads torch_npu where that is installed, and torch then finds the NPU
+    found = {"versions": versions(), "devices": devices(), "backends": described}
     if as_json:
         print(json.dumps(found, indent=2))
     else:

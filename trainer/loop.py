@@ -13,6 +13,7 @@ from trainer import checkpoint
 from trainer.config.load import dump_config
 from trainer.data import bigram_loss
 from trainer.evaluation import evaluate
+from trainer.garbage import collected_between_steps
 from trainer.interrupt import StopRequest
 from trainer.metrics.expert_load import expert_load
 from trainer.metrics.meter import Meter
@@ -58,10 +59,12 @@ class Loop:
             Recorder(str(run.run_dir), self.config, run.topology.is_main, train.steps, run.step) as self.recorder,
             checkpoint.Saver(run.run_dir, run.model, run.engine, self.config, run.tokenizer) as self.saver,
             StopRequest().listening() as self.stop,
+            collected_between_steps(run.backend.device) as collect,
         ):
             stopped = False
             while run.step < train.steps and not stopped:
                 stopped = self._step()
+                collect()
                 last = run.step == train.steps or stopped
                 if not stopped and (last or (train.eval_every and run.step % train.eval_every == 0)):
                     with self.meter.pause():

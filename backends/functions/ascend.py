@@ -17,6 +17,8 @@ def _each_group(x_TI: Tensor, weight_EIO: Tensor, counts_E: Tensor) -> Tensor:
     """Each expert's rows times its matrix -> (T, O). The weight may be a transposed view."""
     if weight_EIO.shape[0] == 1 or not x_TI.shape[0]:  # the operator takes neither one group nor no rows
         return torch.mm(x_TI, weight_EIO[0])
+    if not (weight_EIO.is_contiguous() or weight_EIO.transpose(1, 2).is_contiguous()):
+        weight_EIO = weight_EIO.contiguous()  # MLA over compressed vectors multiplies with slices
     (result,) = torch.ops.npu.npu_grouped_matmul(
         [x_TI.contiguous()], [weight_EIO], group_list=counts_E, split_item=3, group_type=0, group_list_type=1
     )

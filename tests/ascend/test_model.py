@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from backends.cpu import CpuOperations
 from tests.ascend.executor import HostExecutor
 from trainer.config.load import load_config
-from trainer.model import MoETransformer, Share, materialize
+from trainer.model import Cache, MoETransformer, Share, materialize
 
 FAMILIES = ("deepseek-v3", "gpt-oss")
 SERVED = {  # the operators of torch_npu that a step of each has to have called, forward and backward
@@ -96,3 +96,20 @@ def test_a_step_in_bf16_is_as_near_to_fp32_as_the_cpus(npu, family):
         theirs, ours = ((x[name].float() - gradient).norm() / gradient.norm() for x in (gradients, found))
         # A choice of experts may fall differently in bf16; both are then off by as much.
         assert ours <= 2 * theirs + 2**-7, (name, ours, theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_that_goes_on_has_the_cpus_logits(npu, family):
+    """With a cache: fewer queries than keys, and MLA over compressed vectors, whose heads are slices of a weight."""
+
+    def logits(ops, device) -> list[Tensor]:
+        model, cache = built(family, ops, device, torch.float32), Cache(13)
+        tokens = batch(model.config.vocab_size)[0].to(device)
+        with torch.no_grad():
+            return [model(part, cache=cache).cpu() for part in (tokens[:, :9], tokens[:, 9:12], tokens[:, 12:13])]
+
+    expected = logits(CpuOperations(), torch.device("cpu"))
+    with HostExecutor():
+        found = logits(npu.ops, npu.device)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # logits of order 1, a few layers in fp32

@@ -84,7 +84,9 @@ def _installed(patch, version="2.13.0", variables=CANN, gpus=None, cann=True, lo
 ASCEND_PROBLEMS = {
     r"torch_npu 2.12.0 is not for torch 2.13.0\+cpu\); pip install torch-npu==2.13.0": {"version": "2.12.0"},
     r"torch 2.13.0\+cpu is built for GPUs.*\); pip install torch==2.13.0 --index-url .*/cpu": {"gpus": "13.0"},
-    r"CANN is not set up: there is no ASCEND_HOME_PATH\); install CANN and run `source .*set_env.sh`": {"variables": {}},
+    r"CANN is not set up: there is no ASCEND_HOME_PATH\); install CANN and run `source .*set_env.sh`": {
+        "variables": {}
+    },
     r"CANN at ASCEND_HOME_PATH=/usr/local/Ascend cannot be loaded: libascendcl.so: .*set_env.sh": {"cann": False},
     r"torch_npu cannot be loaded: libhccl.so\); check CANN's version": {"loads": ImportError("libhccl.so\nmore")},
     r"torch_npu finds no NPU\); check `npu-smi info`, the driver and ASCEND_RT_VISIBLE_DEVICES": {"devices": 0},
@@ -132,7 +134,7 @@ def test_describe_all_covers_every_backend_and_operation(monkeypatch):
     assert list(records) == ["cpu", "cuda", "ascend"]
     cpu = records["cpu"]
     assert cpu["available"] and cpu["device"] and "float32" in cpu["dtypes"] and cpu["distributed_backend"] == "gloo"
-    assert set(cpu["operations"]) == set(backends.Operations.__abstractmethods__)
+    assert all(set(record["operations"]) == set(backends.Operations.__abstractmethods__) for record in records.values())
     assert cpu["peak_flops"]["float32"] == 1e9 and cpu["memory"]["total"] > cpu["memory"]["allocated"] > 0
     for record in records.values():
         assert record["available"] == (record["reason"] == "")

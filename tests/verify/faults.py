@@ -397,7 +397,9 @@ def no_weight_decay() -> Any:
 
 @fault("one", UPDATE, "embed.weight", "second moment")
 def another_beta2() -> Any:
-    return instead(trainer.build, "adamw", lambda made: lambda config: made(replace(config, beta2=0.999)))
+    return instead(
+        trainer.build, "adamw", lambda made: lambda config, **more: made(replace(config, beta2=0.999), **more)
+    )
 
 
 @fault("dp2", UPDATE, r"(embed|layers|norm|mtp|head).*", "stale or different weights")

@@ -42,7 +42,7 @@ def test_memory_layout_and_dtype_mean_nothing() -> None:
 
 
 def test_the_sketch_estimates_the_norm_of_a_difference() -> None:
-    """Also where all of it has one sign, as scaling has. Eight buckets estimate a square sum within a factor of 3 nearly always; their mean over tensors is unbiased."""
+    """Within a factor of a few, also where all of it has one sign, as scaling has. The signs are the same for all."""
     ratios = []
     for seed in range(200):
         x, noise = values(5000, seed=seed), 1e-4 * (1 + values(5000, seed=seed + 1000))
@@ -50,7 +50,7 @@ def test_the_sketch_estimates_the_norm_of_a_difference() -> None:
         found = np.linalg.norm(one[SKETCH] - other[SKETCH]) ** 2 / float(noise.double().square().sum())
         ratios.append(found)
     assert min(ratios) > 0.05 and max(ratios) < 5
-    assert np.mean(ratios) == pytest.approx(1, abs=0.15)  # deviation of the mean: sqrt(2/8/200) = 0.035
+    assert 0.5 < np.mean(ratios) < 2  # without signs in the sketch: 300
 
 
 def test_a_permutation_is_seen_though_all_sums_are_the_same() -> None:
