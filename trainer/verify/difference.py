@@ -1,6 +1,7 @@
 """How far two runs are from each other: losses, norms, expert loads and the final state."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint, whole."""
     newest = checkpoint.newest(run)
     assert newest is not None
-    nested = _load_state_dict_from_keys(checkpoint_id=newest)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is unavailable or uninitialized")  # so it shall be
+        nested = _load_state_dict_from_keys(checkpoint_id=newest)
     flat: dict[str, torch.Tensor] = {}
 
     def walk(value: dict, prefix: str) -> None:

@@ -15,15 +15,15 @@ _BLOCKS = 20
 def outliers(values: Values) -> NDArray[np.bool_]:
     """Which values stand out of those around them: further from their median than 8 robust standard deviations.
 
-    The median is that of up to 25 values on either side. The standard deviation is 1.4826 times the median absolute
-    deviation from these medians (Rousseeuw and Croux 1993), which spikes, unlike a variance, do not raise. Where more
-    than half of the values agree exactly it is 0, and all others stand out.
+    The median is that of 25 values on either side, mirrored at the ends. The standard deviation is 1.4826 times the
+    median absolute deviation from these medians (Rousseeuw and Croux 1993), which spikes, unlike a variance, do not
+    raise. Where more than half of the values agree exactly it is 0, and all others stand out.
     """
     if len(values) < FEWEST:
         return np.zeros(len(values), dtype=bool)
-    half = _WINDOW // 2
-    around = [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-    apart = np.abs(values - np.array(around))
+    half = min(_WINDOW, len(values)) // 2
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, half, mode="reflect"), 2 * half + 1)
+    apart = np.abs(values - np.median(windows, axis=1))
     return apart > OUTSTANDING * 1.4826 * np.median(apart)
 
 
