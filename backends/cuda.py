@@ -32,13 +32,13 @@ class CudaOperations(CpuOperations):
         grouped_kernel: whether ``F.grouped_mm`` has a kernel of its own here.
     """
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-        return matmul.linear(x, weight, bias, x.dtype)
-
     def __init__(self, grouped_kernel: bool = True) -> None:
         self.grouped_kernel = grouped_kernel
         # A kernel each, forward and backward, in fp32 inside: as written they would be a pass for each operator.
         self.compiled_swiglu, self.compiled_rotary = Compiled(_wide_swiglu), Compiled(_PLAIN.rotary)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        return matmul.linear(x, weight, bias, x.dtype)
 
     def grouped_mm(self, x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
         # Elsewhere F.grouped_mm waits for the counts and multiplies expert by expert. Ours does so for all dtypes and

@@ -78,7 +78,9 @@ def _layouts(args: argparse.Namespace) -> int:
     if not any(layout.world == args.world for layout in runs):
         reason = next(found.reason for found in outcomes.values() if isinstance(found, Refused))
         raise UserError(f"{args.config}: --world {args.world}: no layout applies: {reason}")
-    with tempfile.TemporaryDirectory(prefix="moebius-layouts-") as folder:
+    from launch.processes import ended_by_signals
+
+    with ended_by_signals(), tempfile.TemporaryDirectory(prefix="moebius-layouts-") as folder:
         turns = _Turns(args, Path(folder), threads=max(1, (os.cpu_count() or 1) // args.world))
         turns.train({REFERENCE: [*overrides, *reference]})
         for world in sorted({layout.world for layout in runs}):

@@ -9,6 +9,8 @@ import pytest
 
 from launch import processes
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def python(tmp_path: Path, code: str, name: str = "p"):
     """``python -c code`` by the same path as a module of ours."""
@@ -92,3 +94,25 @@ def test_the_rank_to_blame_is_the_one_that_does_not_complain_of_another():
     logs = ["Connection closed by peer", "ZeroDivisionError", ""]
     assert processes.blamed([1, 1, processes.TIMED_OUT], logs) == 1
     assert processes.blamed([0, 0, -signal.SIGKILL], logs) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_command_ends_what_it_started(tmp_path, number):
+    command = f"""
+from pathlib import Path
+from launch import processes
+def ranks():
+    yield processes.started("sleeper", log=Path("sleeper.log"), where={{"PYTHONPATH": {str(tmp_path)!r}}})
+with processes.ended_by_signals():
+    processes.exit_codes(ranks(), timeout=600, grace=0)
+"""
+    (tmp_path / "sleeper.py").write_text(f"import os; print(os.getpid(), flush=True)\n{FOREVER}")
+    where = {**processes.environment(), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    (tmp_path / "command.py").write_text(command)
+    started = processes.started("command", log=tmp_path / "command.log", where=where, folder=tmp_path)
+    log = tmp_path / "sleeper.log"
+    while not (log.exists() and log.read_text().strip()):
+        time.sleep(0.02)
+    os.kill(started.pid, number)
+    assert processes.exit_codes([started], timeout=60, grace=0) == [128 + number]
+    assert is_gone(int(log.read_text()))
