@@ -40,6 +40,8 @@ def finish(report: Report, args: argparse.Namespace) -> int:
         report.write_markdown(args.markdown)
     out = console()
     out.print(report.title, style="bold", markup=False)
+    for name, value in report.about.items():
+        out.print(f"  {name}: {value}", markup=False, highlight=False)
     for section in report.sections:
         if isinstance(section, Table):
             out.print()

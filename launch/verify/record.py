@@ -47,9 +47,10 @@ def _record(args: argparse.Namespace) -> int:
     from parallel.agreement import together
     from parallel.topology import stop
     from trainer.verify.record import record
-    from trainer.verify.trace import NUMBERS
+    from trainer.verify.trace import NUMBERS, check_vacant
 
     with together() if "RANK" in os.environ else nullcontext(), origins.named():
+        check_vacant(Path(args.out))
         try:
             trace = record(config, args.config, Path(args.out), args.steps, args.noise)
         finally:

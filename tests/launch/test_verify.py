@@ -58,3 +58,9 @@ def test_files_are_written_and_named(tmp_path, capsys):
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
     assert json.loads((tmp_path / "r.json").read_text())["verdict"] == "same"
     assert html in capsys.readouterr().out
+
+
+def test_a_bug_of_ours_is_no_difference(capfd, monkeypatch):
+    monkeypatch.setattr("launch.verify.run.main", lambda argv: 1 / 0)
+    code, _, err = moebius(capfd, "verify", "run")
+    assert code == 2 and "ZeroDivisionError" in err

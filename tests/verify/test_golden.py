@@ -63,3 +63,15 @@ def test_the_golden_trace_is_small_and_names_no_place_of_a_machine() -> None:
     assert sum(file.stat().st_size for file in GOLDEN.iterdir()) < 200_000
     header = json.loads((GOLDEN / "trace.json").read_text())
     assert not [value for value in header["config"].values() if isinstance(value, str) and value.startswith(("/", "~"))]
+
+
+def test_a_trace_is_never_written_over(capsys: pytest.CaptureFixture[str]) -> None:
+    before = (GOLDEN / "trace.json").stat().st_mtime_ns
+    assert main(["verify", "record", *arguments(GOLDEN)]) == 2
+    assert "holds a trace already; remove its trace.json, or choose another folder" in capsys.readouterr().err
+    assert (GOLDEN / "trace.json").stat().st_mtime_ns == before
+
+
+def test_a_file_is_no_folder_of_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "compare", str(GOLDEN / "trace.json"), str(GOLDEN)]) == 2
+    assert "trace.json: holds no trace" in capsys.readouterr().err

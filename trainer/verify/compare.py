@@ -64,6 +64,7 @@ class _Pair:
         self.steps = range(1, min(one.header.steps, other.header.steps) + 1)
         self.layout = other.header.layout
         self.loose: set[str] = set()  # runs in which a tie fell the other way
+        self.other_gradients: set[tuple[str, int]] = set()  # run and step
         self.measured: list[Measured] = []
         self.ties = 0
 
@@ -100,6 +101,8 @@ class _Pair:
         loose = False
         for look, run, step in looks:
             found = look(run, step)
+            if found is not None and look == self._backward:
+                self.other_gradients.add((run, step))
             loose = loose or run in self.loose
             if found is not None:
                 finding = Finding(name, run, step, *found)
@@ -298,6 +301,8 @@ class _Pair:
             if each.differs and each.key.name == "grad_norm" and run not in self.loose:
                 one, other = self._rows(each.key)
                 values = f"{other[SUM]:.6g} instead of {one[SUM]:.6g}"
+                if (run, step) in self.other_gradients:
+                    return "gradient norm", "of other gradients", values
                 return "gradient norm", "norm of a part of the gradients", f"{values}, from the same gradients"
             if each.differs and each.key.name == "lr":
                 was, rate = (float(row[SUM]) for row in self._rows(each.key))

@@ -69,6 +69,13 @@ class Trace:
         return (key for key in self.rows if key.run == run and key.step == step and key.kind in kinds)
 
 
+def check_vacant(folder: Path) -> None:
+    """Raise a :class:`UserError` if there is a trace already."""
+    for name in (HEADER, NUMBERS):
+        if (folder / name).exists():
+            raise UserError(f"--out: {folder}: holds a trace already; remove its {name}, or choose another folder")
+
+
 def save(trace: Trace, folder: Path) -> None:
     """Write the two files. Raises UserError if that cannot be done."""
     keys = list(trace.rows)
@@ -96,7 +103,7 @@ def load(folder: Path) -> Trace:
             raise UserError(f"{folder}: is a trace of format {header.get('format')}, not {FORMAT}; record it again")
         with np.load(folder / NUMBERS, allow_pickle=False) as file:
             numbers = {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder}: holds no trace ({error.filename} is missing); give a folder that "
             "`moebius verify record --out` wrote"
