@@ -11,6 +11,7 @@ from torch import Tensor
 from backends.cpu import CpuOperations
 from backends.cuda import CudaOperations
 from backends.operations import IGNORED, ExpertOrder, Operations
+from parallel import topology
 from tests.distributed.ranks import ROOT
 from trainer.config.load import load_config
 from trainer.config.schema import Config
@@ -22,6 +23,12 @@ from trainer.verify.ops import Checked, check, report
 CPU = torch.device("cpu")
 MOST = 2**18
 TOKENS = 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_group() -> None:
+    """A capture pretends a world of its own. The one that earlier folders share has served."""
+    topology.stop()
 
 
 def config(name: str, *overrides: str) -> Config:
