@@ -120,6 +120,14 @@ def add_checkpoint(parser: Parser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks instead of one line")
 
 
+def count(text: str) -> int:
+    """The type of an argument that counts something."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
+    return value
+
+
 def checkpoint_place(args: argparse.Namespace) -> str:
     """The folder that ``--run`` or ``--checkpoint`` names. Raises UserError, without torch, if there is none."""
     from backends.errors import UserError

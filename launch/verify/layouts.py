@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.arguments import ConfigParser
+from launch.arguments import ConfigParser, count
 from launch.errors import run
 from launch.verify.output import add_outputs, finish
 
@@ -39,20 +39,13 @@ def main(argv: list[str]) -> int:
         "experts, replicas, recomputation), and compare each with one process. It starts the processes itself.",
     )
     add = parser.add_argument
-    add("--world", metavar="N", type=_count, required=True, help="processes of every layout")
-    add("--steps", metavar="N", type=_count, default=20, help="steps that each trains (20)")
+    add("--world", metavar="N", type=count, required=True, help="processes of every layout")
+    add("--steps", metavar="N", type=count, default=20, help="steps that each trains (20)")
     add("--bound", metavar="X", type=float, default=1e-5, help="largest relative difference that passes (1e-5)")
     add("--limit", metavar="SECONDS", type=float, default=900.0, help="time that each may take (900)")
     add_outputs(parser)
     args = parser.parse(argv)
     return run(lambda: _layouts(args), debug=False)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def _layouts(args: argparse.Namespace) -> int:

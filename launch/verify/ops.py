@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from launch.arguments import ConfigParser
+from launch.arguments import ConfigParser, count
 from launch.errors import run
 from launch.verify.output import add_outputs, finish
 
@@ -18,18 +18,11 @@ def main(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("--backend", choices=("auto", "cpu", "cuda", "ascend"), help="whose operations (default: the config's)")
-    add("--tokens", metavar="N", type=_count, default=512, help="most tokens of the micro-batch (512)")
-    add("--elements", metavar="N", type=_count, default=2**22, help="most elements of a tensor (4194304)")
+    add("--tokens", metavar="N", type=count, default=512, help="most tokens of the micro-batch (512)")
+    add("--elements", metavar="N", type=count, default=2**22, help="most elements of a tensor (4194304)")
     add_outputs(parser)
     args = parser.parse(argv)
     return run(lambda: _ops(args), debug=False)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def _ops(args: argparse.Namespace) -> int:

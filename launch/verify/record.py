@@ -8,7 +8,7 @@ from pathlib import Path
 if __name__ == "__main__":  # started as a file: the launcher puts this folder on the path, not the repository's root
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from launch.arguments import ConfigParser
+from launch.arguments import ConfigParser, count
 from launch.errors import run
 
 
@@ -22,19 +22,12 @@ def main(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("--out", metavar="DIR", required=True, help="folder for trace.json and trace.npz")
-    add("--steps", metavar="N", type=_count, default=3, help="steps of either run (3)")
+    add("--steps", metavar="N", type=count, default=3, help="steps of either run (3)")
     add("--noise", action="store_true", help="measure the noise floor: train once more, summed in another order")
     add("--debug", action="store_true", help="show tracebacks instead of one line")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by deepspeed
     args = parser.parse(argv)
     return run(lambda: _record(args), args.debug)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def _record(args: argparse.Namespace) -> int:
@@ -57,7 +50,8 @@ def _record(args: argparse.Namespace) -> int:
             stop()
     if trace is not None:
         size = (Path(args.out) / NUMBERS).stat().st_size
-        print(f"{args.out}: {args.steps} steps, {len(trace.rows):,} readings, {size / 1000:,.0f} kB")
+        steps = f"{args.steps} step{'s' * (args.steps > 1)}"
+        print(f"{args.out}: {steps}, {len(trace.rows):,} readings, {size / 1000:,.0f} kB")
     return 0
 
 

@@ -64,3 +64,11 @@ def test_a_bug_of_ours_is_no_difference(capfd, monkeypatch):
     monkeypatch.setattr("launch.verify.run.main", lambda argv: 1 / 0)
     code, _, err = moebius(capfd, "verify", "run")
     assert code == 2 and "ZeroDivisionError" in err
+
+
+@pytest.mark.parametrize("arguments", [("layouts", "--world"), ("record", "--steps"), ("ops", "--tokens")])
+@pytest.mark.parametrize("given", ["0", "-1", "two", "1.5"])
+def test_a_count_is_a_whole_number(capfd, arguments, given):
+    command, flag = arguments
+    code, _, err = moebius(capfd, "verify", command, "--config", "configs/tiny.yaml", f"{flag}={given}")
+    assert code == 2 and f"{flag}: '{given}' is not a whole number of 1 or more" in err
