@@ -154,7 +154,7 @@ def test_a_reference_that_does_not_train_is_one_line(scripted):
 @pytest.mark.parametrize(
     "arguments, problem",
     [
-        (["--world", "0"], "argument --world: invalid"),
+        (["--world", "0"], "argument --world: '0' is not a whole number of 1 or more"),
         (["--world", "2", "model.moe.top_k=99"], "model.moe.top_k"),
         (["--world", "7", "train.global_batch_tokens=32"], "--world 7: no layout applies: train.global_batch_tokens: "),
     ],
