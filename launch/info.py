@@ -8,7 +8,13 @@ from typing import Any
 from launch.arguments import Parser
 from launch.errors import run
 
-_PACKAGES = {"moebius": "moebius-train", "torch": "torch", "deepspeed": "deepspeed", "torch_npu": "torch-npu"}
+_PACKAGES = {
+    "moebius": "moebius-train",
+    "torch": "torch",
+    "deepspeed": "deepspeed",
+    "torch_npu": "torch-npu",
+    "deep_ep": "deep-ep",
+}
 
 
 def main(argv: list[str]) -> int:

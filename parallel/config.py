@@ -12,6 +12,11 @@ class ParallelConfig:
 
     pipeline: int = key(1, "pipeline-parallel ranks: each holds some of the layers")
     expert: int = key(1, "expert-parallel ranks: each holds that share of every MoE layer's experts")
+    dispatcher: str = key(
+        "all-to-all",
+        "what brings tokens to the ranks of their experts: torch's all-to-all, or on NVIDIA GPUs the kernels of deepep",
+        choices=("all-to-all", "deepep"),
+    )
     schedule: str = key(
         "1f1b",
         "order of the micro-batches in the pipeline: gpipe, 1f1b, interleaved, interleaved-zero-bubble, zbv, dualpipev",

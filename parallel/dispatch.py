@@ -6,7 +6,7 @@ E experts of the layer, L = E / ep experts held here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,6 +87,7 @@ class _Journey:
     """What ``combine`` needs to bring rows home."""
 
     order: ExpertOrder
+    weights_TK: Tensor
     send: list[int]  # rows that went to each rank
     receive: list[int]  # rows that came from each rank
     by_expert_Q: Tensor  # arrival position of each row once sorted by local expert
@@ -103,36 +104,48 @@ class AllToAllDispatcher:
     def __init__(self, exchange: Exchange, num_experts: int, ops: Operations, dropping: bool) -> None:
         self.exchange, self.num_experts, self.ops, self.dropping = exchange, num_experts, ops, dropping
 
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, _Journey]:
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, _Journey]:
         """Rows (Q, H) sorted by local expert, tokens per local expert (L,), and the way back."""
         order = self.ops.sort_by_expert(experts_TK, self.num_experts, self.dropping)
-        ranks = self.exchange.axis.size
-        going = order.counts_E.view(ranks, -1)
+        going = order.counts_E.view(self.exchange.axis.size, -1)
         coming = self.exchange.counts(going)
         send, receive = torch.stack([going.sum(1), coming.sum(1)]).tolist()
         rows_QH = _AllToAll.apply(self.ops.permute(x_TH, order), send, receive, self.exchange)
-        local = torch.arange(coming.shape[1], device=coming.device).repeat(ranks)
-        expert_Q = local.repeat_interleave(coming.flatten())
-        by_expert_Q = expert_Q.argsort(stable=True)
-        by_arrival_Q = torch.empty_like(by_expert_Q)
-        by_arrival_Q[by_expert_Q] = torch.arange(by_expert_Q.numel(), device=by_expert_Q.device)
-        journey = _Journey(order, send, receive, by_expert_Q, by_arrival_Q)
+        by_expert_Q, by_arrival_Q = _transposed(coming, sum(receive))
+        journey = _Journey(order, weights_TK, send, receive, by_expert_Q, by_arrival_Q)
         return self.ops.take_rows(rows_QH, by_expert_Q, by_arrival_Q), coming.sum(0), journey
 
-    def combine(self, y_QH: Tensor, weights_TK: Tensor, state: _Journey) -> Tensor:
+    def combine(self, y_QH: Tensor, state: _Journey) -> Tensor:
         """Weighted sum (T, H) of each token's K results."""
         y_QH = self.ops.take_rows(y_QH, state.by_arrival_Q, state.by_expert_Q)
         y_PH = _AllToAll.apply(y_QH, state.receive, state.send, self.exchange)
-        return self.ops.unpermute(y_PH, state.order, weights_TK)
+        return self.ops.unpermute(y_PH, state.order, state.weights_TK)
 
 
-def shard_experts(layers: Iterable[MoELayer], exchange: Exchange, ops: Operations) -> None:
-    """Give this rank its share of every layer's experts and let tokens travel; nothing to do on one rank."""
-    axis = exchange.axis
-    if axis.size == 1:
-        return
+def _transposed(lengths_RL: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Index and its inverse that bring blocks of rows from the order of a matrix to that of its transpose.
+
+    The counts say where every block goes: nothing is sorted (Ascend sorts integers on the host), and with ``total``,
+    their sum, no device is waited for.
+    """
+    begins = lengths_RL.flatten().cumsum(0).view_as(lengths_RL) - lengths_RL
+    lengths_LR = lengths_RL.T.contiguous()
+    begins_LR = lengths_LR.flatten().cumsum(0).view_as(lengths_LR) - lengths_LR
+    ahead_LR = begins.T - begins_LR  # how far a block lies behind where it is to go
+    place = torch.arange(total, device=lengths_RL.device)
+    index = place + ahead_LR.flatten().repeat_interleave(lengths_LR.flatten(), output_size=total)
+    inverse = place - ahead_LR.T.flatten().repeat_interleave(lengths_RL.flatten(), output_size=total)
+    return index, inverse
+
+
+def shard_experts(layers: Iterable[MoELayer], axis: Axis, dispatcher: Callable[[MoELayer], Any]) -> None:
+    """Give this rank its share of every layer's experts and let tokens travel.
+
+    Args:
+        dispatcher: makes that of a layer.
+    """
     for layer in layers:
         total = layer.experts.total
         assert total % axis.size == 0, "validate_layout of the config comes first"
         layer.experts.shard(axis.rank * (total // axis.size), total // axis.size)
-        layer.dispatcher = AllToAllDispatcher(exchange, total, ops, layer.dropping)
+        layer.dispatcher = dispatcher(layer)

@@ -1,10 +1,13 @@
 """From a config and this rank's place to its part of the model, the engine around it and its end of the pipeline."""
 
+from collections.abc import Callable
+
 import torch
 
 from backends.base import Backend
 from parallel.clock import Clock
-from parallel.dispatch import Exchange, shard_experts
+from parallel.deepep import DeepEPDispatcher, DeepEPExchange
+from parallel.dispatch import AllToAllDispatcher, Exchange, MoELayer, shard_experts
 from parallel.engine import Engine
 from parallel.pipeline.pipeline import Pipeline, held_by
 from parallel.pipeline.shared import SharedWeight
@@ -13,6 +16,7 @@ from parallel.topology import Axis, Topology
 from trainer.config.schema import Config
 from trainer.model import MoETransformer, materialize
 from trainer.model.count import layer_costs
+from trainer.model.moe import Dispatcher
 from trainer.optimizer import adamw, parameter_groups
 from trainer.precision import weights_dtype
 
@@ -44,10 +48,20 @@ def build_model(config: Config, topology: Topology, backend: Backend) -> tuple[M
         parts=[part for _, part in _held(config, topology.pp)],
     )
     clock = Clock(backend.device)
-    exchange = Exchange(topology.ep, topology.ep_backward, clock)
-    shard_experts([moe for _, moe in model.moe_layers()], exchange, backend.ops)
+    if topology.ep.size > 1:
+        made = _dispatcher(config, topology, backend, clock)
+        shard_experts([moe for _, moe in model.moe_layers()], topology.ep, made)
     materialize(model, config.seed, backend.device)
     return model, pipeline_around(model, config, topology, backend, clock)
+
+
+def _dispatcher(config: Config, topology: Topology, backend: Backend, clock: Clock) -> Callable[[MoELayer], Dispatcher]:
+    """What makes the dispatcher of a layer."""
+    if config.parallel.dispatcher == "deepep":
+        buffer = DeepEPExchange(topology.ep, config.model.hidden_size, clock)
+        return lambda layer: DeepEPDispatcher(buffer, layer.experts.total, backend.ops, layer.dropping)
+    exchange = Exchange(topology.ep, topology.ep_backward, clock)
+    return lambda layer: AllToAllDispatcher(exchange, layer.experts.total, backend.ops, layer.dropping)
 
 
 def pipeline_around(

@@ -8,6 +8,7 @@ import torch
 import backends
 from backends.base import Backend
 from backends.errors import UserError
+from parallel import deepep
 from parallel import topology as topologies
 from parallel.agreement import agree
 from parallel.engine import Engine
@@ -68,6 +69,8 @@ def prepare(config: Config, where: str, resume: bool | str, may_start: bool = Fa
         raise UserError(
             f"{where}: train.precision: {config.train.precision} is not supported by {backend.device_name}; use fp32"
         )
+    if config.parallel.dispatcher == "deepep" and config.parallel.expert > 1:
+        deepep.check(backend, config.parallel.expert, config.model.hidden_size, where)
     tokenizer = load_tokenizer(config.data, where)
     check_vocabulary(tokenizer, config.model.vocab_size, where)
     training, validation = open_data(config.data, tokenizer, config.seed, where)

@@ -11,8 +11,8 @@ What a stage has to keep to:
 - Parts of a pair are of different stages and must not write to the same tensor.
 - Nothing random may happen in a forward: the generator is the process's.
 
-On an accelerator both threads launch into the streams that they find, by default the same one: they overlap what the
-host does and what waits for another stream, while kernels of one stream take turns.
+On an accelerator each part launches into the stream of its stage (parallel/pipeline/lane.py). Both begin after what was
+launched before the pair, and what is launched after it waits for both.
 """
 
 from __future__ import annotations
@@ -30,41 +30,47 @@ from torch.distributed.pipelining.schedules import (
     _PipelineScheduleRuntime,
 )
 
+from parallel.pipeline.lane import Lane
 
-def overlap(schedule: _PipelineScheduleRuntime, keep_outputs: bool = False) -> None:
+
+def overlap(schedule: _PipelineScheduleRuntime) -> None:
     """Let ``schedule`` run its pairs at once from now on. Gradients are the same to the bit.
 
     Args:
-        schedule: one of several stages per rank; only DualPipeV has pairs.
-        keep_outputs: keep what the last stage gives in pairs until the step ends. Must be what the schedule's
-            ``step`` gets as ``return_outputs``, which torch does not tell a function of ours; nor does it hand on
-            ``loss_kwargs``, which a step must go without.
+        schedule: one of several stages per rank; only DualPipeV has pairs. Its ``step`` and ``eval`` must be called
+            with ``return_outputs=False`` and without ``loss_kwargs``: torch tells a function of ours of neither.
     """
-    schedule.register_custom_function(OVERLAP_F_B, Pairs(schedule._stages[0].device, keep_outputs))
+    schedule.register_custom_function(OVERLAP_F_B, Pairs(schedule._stages[0].device))
 
 
 class Pairs:
     """What torch calls in place of its own handling of a pair."""
 
-    def __init__(self, device: torch.device, keep_outputs: bool) -> None:
-        self.keep_outputs = keep_outputs
+    def __init__(self, device: torch.device) -> None:
         # One thread for all pairs: a new one would also start a new team of OpenMP threads.
         self._backwards = ThreadPoolExecutor(1, "backward", _enter, (device,))
 
     def __call__(self, action: _Action, ctx: _PipelineContext) -> None:
         """Run both parts; an exception of either is raised when both have ended."""
         assert action.sub_actions is not None
-        forward, backward = (self._prepare(part, ctx) for part in action.sub_actions)
+        (forward, one), (backward, other) = (self._prepare(part, ctx) for part in action.sub_actions)
         if not ctx.schedule_ref._has_backward:  # an evaluation
-            return forward()
+            with one.joined():
+                return forward()
+        one.begin()
+        other.begin()
         pending = self._backwards.submit(backward)
         try:
             forward()
         finally:
-            pending.result()
+            try:
+                pending.result()
+            finally:
+                one.end()
+                other.end()
 
-    def _prepare(self, action: _Action, ctx: _PipelineContext) -> Callable[[], None]:
-        """Wait for what the part needs from other ranks; what is left to do is the result."""
+    def _prepare(self, action: _Action, ctx: _PipelineContext) -> tuple[Callable[[], None], Lane]:
+        """Wait for what the part needs from other ranks; what is left to do is the result, and in which lane."""
         schedule: Any = ctx.schedule_ref
         stages = {stage.stage_index: stage for stage in schedule._stages}
         stage, number, micro_batch = stages[action.stage_index], action.stage_index, action.microbatch_index
@@ -73,27 +79,26 @@ class Pairs:
         before, behind = stages.get(number - 1), stages.get(number + 1)
 
         def forward() -> None:
-            args, kwargs = ctx.arg_mbs[micro_batch], ctx.kwarg_mbs[micro_batch]  # type: ignore[index]
-            output = stage.forward_one_chunk(micro_batch, args, kwargs, save_forward_output=self.keep_outputs)
+            output = stage.forward_in_lane(micro_batch, save_output=False)
             schedule._maybe_compute_loss(stage, output, ctx.target_mbs, micro_batch)
             if behind is not None:
                 behind.set_local_fwd_input(output, micro_batch)
 
         def backward() -> None:
-            stage.backward_one_chunk(micro_batch, loss=loss, full_backward=True, last_backward=last)
+            stage.backward_in_lane(micro_batch, loss, last)
             if before is not None:
                 before.set_local_bwd_input(stage.get_local_bwd_output(micro_batch), micro_batch)
 
         if action.computation_type == FORWARD:
             if not stage.is_first and before is None:
                 _wait(schedule.fwd_recv_ops.pop((number, micro_batch)))
-            return forward
+            return forward, stage.lane
         if not stage.is_last and behind is None:
             _wait(schedule.bwd_recv_ops.pop((number, micro_batch)))
         loss = schedule._maybe_get_loss(stage, micro_batch)
         schedule.backward_counter[number] += 1
         last = schedule.backward_counter[number] == schedule._n_microbatches
-        return backward
+        return backward, stage.lane
 
 
 def _enter(device: torch.device) -> None:

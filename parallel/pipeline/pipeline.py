@@ -17,6 +17,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from parallel.clock import Clock
+from parallel.pipeline.lane import Lane
 from parallel.pipeline.order import SCHEDULES, layout
 from parallel.pipeline.overlap import overlap
 from parallel.pipeline.split import Part, parts
@@ -68,7 +69,21 @@ class Pipeline:
         if axis.size == 1:
             (self._whole,) = (part for _, part in held)
             return
-        self._stages = [Stage(model, part, number, stages, hidden, axis.group, clock) for number, part in held]
+        # Streams of their own only where two stages run at once: else they would but wait for each other.
+        streams = SCHEDULES[schedule].overlaps and hidden.device.type != "cpu"
+        self._stages = [
+            Stage(
+                model,
+                part,
+                number,
+                stages,
+                hidden,
+                axis.group,
+                clock,
+                Lane(torch.Stream(hidden.device) if streams else None),
+            )
+            for number, part in held
+        ]
         kind = get_schedule_class(SCHEDULES[schedule].torch_name)
         single = issubclass(kind, PipelineScheduleSingle)
         made: Any = kind(

@@ -12,6 +12,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from backends.weight_gradients import deferred
 from parallel.clock import Clock
+from parallel.pipeline.lane import Lane
 from parallel.pipeline.split import Part
 
 
@@ -43,6 +44,7 @@ class Stage(PipelineStage):
         hidden: an empty tensor with the shape and dtype of what stages exchange. Told, because torch would find out
             with a real forward pass that the experts' counters see.
         clock: gets the seconds of every action.
+        lane: where the passes run.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Stage(PipelineStage):
         hidden: Tensor,
         group: dist.ProcessGroup,
         clock: Clock,
+        lane: Lane,
     ) -> None:
         loss = torch.empty((), dtype=torch.float32, device="meta")
         super().__init__(
@@ -65,13 +68,18 @@ class Stage(PipelineStage):
             output_args=loss if part.last else hidden.to("meta").requires_grad_(),
             group=group,
         )
-        self.clock = clock
+        self.clock, self.lane = clock, lane
         self.micro_batches: Sequence[Any] = ()
 
     def forward_one_chunk(self, fwd_chunk_id, args, kwargs=None, save_forward_output=True):  # type: ignore[no-untyped-def]
-        with self.clock.action("F", self.stage_index, fwd_chunk_id):
-            batch = {"micro_batch": self.micro_batches[fwd_chunk_id]}
-            return super().forward_one_chunk(fwd_chunk_id, (), batch, save_forward_output)
+        with self.lane.joined():
+            return self.forward_in_lane(fwd_chunk_id, save_forward_output)
+
+    def forward_in_lane(self, micro_batch: int, save_output: bool) -> Any:
+        """The forward of one micro-batch, in a lane that has begun."""
+        with self.lane.inside(), self.clock.action("F", self.stage_index, micro_batch):
+            batch = {"micro_batch": self.micro_batches[micro_batch]}
+            return super().forward_one_chunk(micro_batch, (), batch, save_output)
 
     def backward_one_chunk(self, bwd_chunk_id, loss=None, full_backward=True, last_backward=False):  # type: ignore[no-untyped-def]
         """A split backward is a whole one whose weight gradients are left for later.
@@ -81,17 +89,22 @@ class Stage(PipelineStage):
         if not self.has_backward:
             return
         if full_backward:
-            with self.clock.action("B", self.stage_index, bwd_chunk_id):
-                super().backward_one_chunk(bwd_chunk_id, loss, True, last_backward)
+            with self.lane.joined():
+                self.backward_in_lane(bwd_chunk_id, loss, last_backward)
             return
-        with self.clock.action("I", self.stage_index, bwd_chunk_id), deferred() as store:
+        with self.lane.joined(), self.clock.action("I", self.stage_index, bwd_chunk_id), deferred() as store:
             super().backward_one_chunk(bwd_chunk_id, loss, True, last_backward)
         self.dw_runner[bwd_chunk_id] = store.run
+
+    def backward_in_lane(self, micro_batch: int, loss: Any, last: bool) -> None:
+        """The whole backward of one micro-batch, in a lane that has begun."""
+        with self.lane.inside(), self.clock.action("B", self.stage_index, micro_batch):
+            super().backward_one_chunk(micro_batch, loss, True, last)
 
     def backward_weight_one_chunk(self, bwd_chunk_id, last_backward=False):  # type: ignore[no-untyped-def]
         if not self.has_backward:
             return
-        with self.clock.action("W", self.stage_index, bwd_chunk_id):
+        with self.lane.joined(), self.clock.action("W", self.stage_index, bwd_chunk_id):
             self.dw_runner.pop(bwd_chunk_id)()
 
     # Evaluation runs the training schedule without its backward; torch's V-shaped ones would pass gradients on still.
@@ -101,4 +114,10 @@ class Stage(PipelineStage):
 
     def set_local_bwd_input(self, next_stage_bwd_outputs, mb_index):  # type: ignore[no-untyped-def]
         if self.has_backward:
+            for gradient in next_stage_bwd_outputs:
+                self.lane.take(gradient)
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def set_local_fwd_input(self, prev_stage_outputs, mb_index):  # type: ignore[no-untyped-def]
+        self.lane.take(prev_stage_outputs)  # hidden states: one tensor
+        super().set_local_fwd_input(prev_stage_outputs, mb_index)

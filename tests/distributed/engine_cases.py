@@ -14,9 +14,7 @@ from torch import nn
 import backends
 from backends.weight_gradients import deferred
 from parallel import buckets, topology
-from parallel.clock import Clock
 from parallel.config import ParallelConfig
-from parallel.dispatch import AllToAllDispatcher, Exchange
 from parallel.engine import Engine, ParameterGroup
 from parallel.gradients import FlatGroup, WholeGradients
 from tests.distributed.ranks import report
@@ -204,40 +202,6 @@ def global_norm(place: topology.Topology) -> list[float]:
     return [norm, float(dense) * -1e9, float(expert) * -1e9]
 
 
-def dispatch(place: topology.Topology) -> dict[str, float]:
-    """All-to-all against the same experts run without it: outputs and gradients, dropped and idle experts too."""
-    ops = backends.select("cpu").ops
-    torch.manual_seed(place.rank)
-    tokens, hidden, experts, top_k = 11 + 5 * place.rank, 6, 8, 3
-    x = torch.randn(tokens, hidden, dtype=torch.float64)
-    choices = torch.rand(tokens, experts).topk(top_k).indices
-    choices[choices == 5] = experts  # dropped; and nobody chooses expert 5
-    choices[:, 0][choices[:, 0] < 4] = 4  # uneven splits
-    scores = torch.rand(tokens, top_k, dtype=torch.float64).masked_fill(choices == experts, 0.0)
-    weight = torch.randn(experts, hidden, hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    upstream = torch.randn(tokens, hidden, dtype=torch.float64)
-
-    def run(dispatcher: Any, mine: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        inputs = [x.clone().requires_grad_(), scores.clone().requires_grad_(), mine.clone().requires_grad_()]
-        rows, counts, state = dispatcher.dispatch(inputs[0], choices)
-        y = dispatcher.combine(ops.grouped_mm(rows, inputs[2], counts), inputs[1], state)
-        y.backward(upstream)
-        return y.detach(), *(value.grad for value in inputs)  # type: ignore[misc]
-
-    from trainer.model.moe import LocalDispatcher
-
-    first = place.ep.rank * 4
-    far = run(
-        AllToAllDispatcher(Exchange(place.ep, place.ep, Clock(x.device)), experts, ops, True), weight[first : first + 4]
-    )
-    near = run(LocalDispatcher(experts, ops, True), weight)
-    everyones = near[3].contiguous()
-    dist.all_reduce(everyones)  # the owner of an expert sees the tokens of both ranks
-    expected = (*near[:3], everyones[first : first + 4])
-    names = ("output", "x", "weights", "experts")
-    return {name: float((a - b).abs().max()) for name, a, b in zip(names, far, expected, strict=True)}
-
-
 def main() -> None:
     backend = backends.select("cpu")
     data = topology.start(backend, ParallelConfig())
@@ -253,7 +217,6 @@ def main() -> None:
             "gradients_too_late": gradients_too_late(data),
             "expert_replicas": [expert_replicas(expert, stage) for stage in (1, 2)],
             "global_norm": global_norm(expert),
-            "dispatch": dispatch(expert),
         }
     )
 

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import OVERLAP_F_B, ScheduleDualPipeV
 
-from parallel.pipeline.order import layout
+from parallel.clock import Clock
+from parallel.pipeline.lane import Lane
 from parallel.pipeline.overlap import overlap
+from parallel.pipeline.pipeline import held_by
+from parallel.pipeline.split import Part
+from parallel.pipeline.stage import Stage
 from tests.distributed.ranks import report
 
 WIDTH, ROWS, MICRO_BATCHES, STEPS = 8, 3, 6, 2
@@ -57,31 +60,31 @@ class Chunk(nn.Module):
         return _Meet.apply(self.layers(x), self.meeting)
 
 
-class Stage(PipelineStage):
-    """torch 2.13's V-shaped schedules hand gradients on in an evaluation too, if a stage lets them."""
+class Model:
+    """As many parts as there are stages; the last one's gives the loss."""
 
-    def get_local_bwd_output(self, mb_index: int) -> Any:
-        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+    def __init__(self, chunks: dict[Part, Chunk]) -> None:
+        self.chunks = chunks
 
-    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
-        if self.has_backward:
-            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+    def part(self, part: Part, hidden: Tensor | None, micro_batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, target = micro_batch
+        y = self.chunks[part](x if hidden is None else hidden)
+        return (y - target).square().sum() if part.last else y
 
 
 def run(overlapped: bool) -> dict[str, Any]:
     """Losses and gradients of a few steps, an evaluation, and how often forward and backward met."""
     rank, meeting = dist.get_rank(), Meeting()
-    example = torch.empty(ROWS, WIDTH, device="meta", requires_grad=True)
-    chunks = [Chunk(number, meeting) for number in layout("dualpipev", 2, 2)[rank]]
+    held = held_by(rank, 2, [1] * 4, "dualpipev")
+    model = Model({part: Chunk(number, meeting) for number, part in held})
+    assert dist.group.WORLD is not None
+    like = torch.empty(ROWS, WIDTH)
     stages = [
-        Stage(chunk, number, 4, torch.device("cpu"), example.detach() if number == 0 else example, example)
-        for chunk, number in zip(chunks, layout("dualpipev", 2, 2)[rank], strict=True)
+        Stage(model, part, number, 4, like, dist.group.WORLD, Clock(like.device), Lane()) for number, part in held
     ]
-    schedule = ScheduleDualPipeV(
-        stages, MICRO_BATCHES, loss_fn=lambda y, target: (y - target).square().sum(), scale_grads=False
-    )
+    schedule = ScheduleDualPipeV(stages, MICRO_BATCHES, loss_fn=lambda loss, _: loss, scale_grads=False)
     if overlapped:
-        overlap(schedule, keep_outputs=True)
+        overlap(schedule)
         pair = schedule._comp_type_to_function_map[OVERLAP_F_B]
 
         def watched(action: Any, ctx: Any) -> None:
@@ -92,24 +95,23 @@ def run(overlapped: bool) -> dict[str, Any]:
         schedule._comp_type_to_function_map[OVERLAP_F_B] = watched
     torch.manual_seed(7)
     losses: list[Tensor] = []
-    outputs = []
     for step in range(STEPS + 1):
-        x, target = torch.randn(2, MICRO_BATCHES * ROWS, WIDTH)
+        x, target = torch.randn(2, MICRO_BATCHES, ROWS, WIDTH)
+        for stage in stages:
+            stage.micro_batches = list(zip(x, target, strict=True))
         once: list[Tensor] = []
         act = schedule.step if step < STEPS else schedule.eval
-        outputs.append(act(*([x] if rank == 0 else []), target=target, losses=once))
+        act(target=torch.zeros(MICRO_BATCHES), losses=once, return_outputs=False)
         losses += once
     return {
         "losses": [float(loss) for loss in losses],
-        "outputs": [output.tolist() for output in outputs if output is not None],
-        "gradients": [parameter.grad.tolist() for chunk in chunks for parameter in chunk.parameters()],
+        "gradients": [parameter.grad.tolist() for chunk in model.chunks.values() for parameter in chunk.parameters()],
         "pairs": sum(action.computation_type == OVERLAP_F_B for action in schedule.pipeline_order[rank]),
         "met": meeting.held,
     }
 
 
 def main() -> None:
-
     dist.init_process_group("gloo")
     report({"plain": run(False), "overlapped": run(True)})
 

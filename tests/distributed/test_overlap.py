@@ -13,7 +13,7 @@ def ranks() -> list[dict[str, Any]]:
     return run_ranks(2, "tests.distributed.overlap_cases")
 
 
-@pytest.mark.parametrize("what", ["gradients", "losses", "outputs"])
+@pytest.mark.parametrize("what", ["gradients", "losses"])
 def test_pairs_run_at_once_change_no_bit(ranks: list[dict[str, Any]], what: str) -> None:
     # The same arithmetic in the same order, so equal to the bit.
     for rank in ranks:

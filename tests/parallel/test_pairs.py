@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch.distributed.pipelining.schedules import FORWARD, FULL_BACKWARD, OVERLAP_F_B, _Action
 
+from parallel.pipeline.lane import Lane
 from parallel.pipeline.overlap import Pairs
 
+LANE = Lane()
 PAIR = _Action(-1, OVERLAP_F_B, None, (_Action(0, FORWARD, 5), _Action(3, FULL_BACKWARD, 2)))
 
 
-def run(forward: Any, backward: Any) -> None:
+def run(forward: Any, backward: Any, lanes: Any = (LANE, LANE)) -> None:
     """The pair F of stage 0 and B of stage 3, on the first rank of two."""
+    first, last = lanes
     stages = [
-        SimpleNamespace(stage_index=0, is_first=True, is_last=False, forward_one_chunk=forward),
-        SimpleNamespace(stage_index=3, is_first=False, is_last=True, backward_one_chunk=backward),
+        SimpleNamespace(stage_index=0, is_first=True, is_last=False, forward_in_lane=forward, lane=first),
+        SimpleNamespace(stage_index=3, is_first=False, is_last=True, backward_in_lane=backward, lane=last),
     ]
     schedule = SimpleNamespace(
         _stages=stages,
@@ -29,21 +32,35 @@ def run(forward: Any, backward: Any) -> None:
     )
     everything = [()] * 8
     ctx = SimpleNamespace(schedule_ref=schedule, arg_mbs=everything, kwarg_mbs=everything, target_mbs=everything)
-    Pairs(torch.device("cpu"), keep_outputs=False)(PAIR, ctx)
+    Pairs(torch.device("cpu"))(PAIR, ctx)
 
 
 def test_each_part_is_called_as_torch_would() -> None:
     calls = {}
 
-    def forward(micro_batch: int, *_: Any, save_forward_output: bool) -> None:
-        calls["F"] = (micro_batch, save_forward_output, threading.current_thread() is threading.main_thread())
+    def forward(micro_batch: int, save_output: bool) -> None:
+        calls["F"] = (micro_batch, save_output, threading.current_thread() is threading.main_thread())
 
-    def backward(micro_batch: int, **how: Any) -> None:
-        calls["B"] = (micro_batch, how, threading.current_thread() is threading.main_thread())
+    def backward(micro_batch: int, loss: Any, last: bool) -> None:
+        calls["B"] = (micro_batch, loss, last, threading.current_thread() is threading.main_thread())
 
     run(forward, backward)
     assert calls["F"] == (5, False, True)
-    assert calls["B"] == (2, {"loss": "loss 2", "full_backward": True, "last_backward": True}, False)
+    assert calls["B"] == (2, "loss 2", True, False)
+
+
+def test_lanes_begin_before_both_parts_and_end_after_both() -> None:
+    told: list[str] = []
+
+    class Told(Lane):
+        def begin(self) -> None:
+            told.append("begin")
+
+        def end(self) -> None:
+            told.append("end")
+
+    run(lambda *_, **__: told.append("part"), lambda *_: told.append("part"), (Told(), Told()))
+    assert told == ["begin", "begin", "part", "part", "end", "end"]
 
 
 def test_a_failed_backward_is_raised() -> None:

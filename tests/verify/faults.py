@@ -271,7 +271,7 @@ def aux_loss_times_ranks() -> Any:
 @fault("ep2", FORWARD, "layers.2.moe", "weights of the combination")
 def permuted_combine_weights() -> Any:
     def make(combine: Any) -> Any:
-        return lambda self, y, weights, state: combine(self, y, weights.flip(-1), state)
+        return lambda self, y, state: combine(self, y, replace(state, weights_TK=state.weights_TK.flip(-1)))
 
     return instead(AllToAllDispatcher, "combine", make)
 
@@ -279,7 +279,7 @@ def permuted_combine_weights() -> Any:
 @fault("ep2", FORWARD, "layers.2.moe", "dispatch: other rows")
 def tokens_to_the_next_expert() -> Any:
     def make(dispatch: Any) -> Any:
-        return lambda self, x, experts: dispatch(self, x, (experts + 1) % self.num_experts)
+        return lambda self, x, experts, weights: dispatch(self, x, (experts + 1) % self.num_experts, weights)
 
     return instead(AllToAllDispatcher, "dispatch", make)
 

@@ -63,7 +63,7 @@ def validate_layout(config: Config, world_size: int, where: str) -> None:
     Raises:
         UserError: the ranks do not factor into the layout, layers into stages, experts do not split evenly over
             expert-parallel ranks, the global batch over data-parallel ranks and micro-batches, the schedule cannot
-            run so many micro-batches, or ZeRO-2 meets a pipeline.
+            run so many micro-batches, ZeRO-2 meets a pipeline, or DeepEP what it cannot serve.
     """
     _check_pipeline(config, world_size, where)
     expert, experts = config.parallel.expert, config.model.moe.num_experts
@@ -84,6 +84,7 @@ def validate_layout(config: Config, world_size: int, where: str) -> None:
             f"{expert}",
             f"use {_nearest(sizes, expert)}, or start a multiple of {expert * config.parallel.pipeline} ranks",
         )
+    _check_dispatcher(config, where)
     # Expert-parallel ranks read different data, so every rank of a stage is a data-parallel rank.
     # Without a pipeline their share need not divide into micro-batches: the last one is smaller, on all ranks alike.
     length, micro = config.data.sequence_length, config.train.micro_batch_size
@@ -146,6 +147,26 @@ def _check_pipeline(config: Config, world_size: int, where: str) -> None:
             "parallel.layers_per_stage",
             f"{list(given)} does not share out model.num_layers={layers} over {layout.stages} stages",
             f"list {layout.stages} numbers of at least 1 that sum to {layers}, or leave it empty",
+        )
+
+
+def _check_dispatcher(config: Config, where: str) -> None:
+    layout, precision = config.parallel, config.train.precision
+    if layout.dispatcher != "deepep" or layout.expert == 1:
+        return
+    if precision != "bf16":
+        _refuse(
+            where,
+            "parallel.dispatcher",
+            f"deepep sends bf16, and train.precision is {precision}",
+            "use train.precision=bf16, or all-to-all",
+        )
+    if layout.overlaps:
+        _refuse(
+            where,
+            "parallel.dispatcher",
+            f"deepep serves one pass at a time, and parallel.schedule={layout.schedule} runs two",
+            "use another schedule, or all-to-all",
         )
 
 

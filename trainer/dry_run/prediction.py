@@ -44,7 +44,8 @@ class Prediction:
 def predict(config: Config, where: str, world_size: int, rank: int, imbalance: float = 1.0) -> Prediction:
     """Build rank ``rank`` of ``world_size`` and let it run one step, without data, weights or other processes.
 
-    The operations and the exchanges are those of the CPU backend, wherever this runs.
+    The operations and the exchanges are those of the CPU backend, wherever this runs. Experts' rows travel by
+    all-to-all also where the config names another dispatcher.
 
     Args:
         config: the run.
@@ -58,6 +59,7 @@ def predict(config: Config, where: str, world_size: int, rank: int, imbalance: f
     _check_place(world_size, rank)
     validate_layout(config, world_size, where)
     _check_imbalance(config, imbalance)
+    config = replace(config, parallel=replace(config.parallel, dispatcher="all-to-all"))
     backend = backends.select("cpu")
     with fake_world(world_size, rank):
         topology = topologies.start(backend, config.parallel)

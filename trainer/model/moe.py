@@ -21,10 +21,10 @@ class Dispatcher(Protocol):
     The one seam between the model and expert parallelism: `parallel` puts another one in its place.
     """
 
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Rows (P, H) sorted by local expert, tokens per local expert (E,), and what ``combine`` needs."""
 
-    def combine(self, y_PH: Tensor, weights_TK: Tensor, state: Any) -> Tensor:
+    def combine(self, y_PH: Tensor, state: Any) -> Tensor:
         """Weighted sum (T, H) of each token's K results; a dropped choice adds nothing."""
 
 
@@ -34,12 +34,12 @@ class LocalDispatcher:
     def __init__(self, num_experts: int, ops: Operations, dropping: bool) -> None:
         self.num_experts, self.ops, self.dropping = num_experts, ops, dropping
 
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Any]:
         order = self.ops.sort_by_expert(experts_TK, self.num_experts, self.dropping)
-        return self.ops.permute(x_TH, order), order.counts_E, order
+        return self.ops.permute(x_TH, order), order.counts_E, (order, weights_TK)
 
-    def combine(self, y_PH: Tensor, weights_TK: Tensor, state: Any) -> Tensor:
-        return self.ops.unpermute(y_PH, state, weights_TK)
+    def combine(self, y_PH: Tensor, state: Any) -> Tensor:
+        return self.ops.unpermute(y_PH, *state)
 
 
 class Experts(nn.Module):
@@ -98,8 +98,8 @@ class MoE(nn.Module):
         if context.recording:
             context.meters.count(self.name, routing.tokens_E)
         x_TH = x_BSH.flatten(0, 1)
-        rows_PH, tokens_E, state = self.dispatcher.dispatch(x_TH, routing.experts_TK)
-        y_TH = self.dispatcher.combine(self.experts(rows_PH, tokens_E), routing.weights_TK, state)
+        rows_PH, tokens_E, state = self.dispatcher.dispatch(x_TH, routing.experts_TK, routing.weights_TK)
+        y_TH = self.dispatcher.combine(self.experts(rows_PH, tokens_E), state)
         y_BSH = y_TH.view_as(x_BSH)
         if self.shared is not None:
             y_BSH = y_BSH + self.shared(x_BSH)

@@ -113,7 +113,7 @@ def capture(config: Config, tokens: Optional[int] = None) -> dict[Call, int]:
     ranks = config.parallel.expert
     config = replace(
         config,
-        parallel=replace(config.parallel, pipeline=1, stages_per_rank=0, layers_per_stage=[]),
+        parallel=replace(config.parallel, pipeline=1, stages_per_rank=0, layers_per_stage=[], dispatcher="all-to-all"),
         data=replace(config.data, sequence_length=length),
         train=replace(
             config.train,

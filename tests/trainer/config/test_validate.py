@@ -116,6 +116,21 @@ def test_zero_2_has_no_pipeline():
     validate_layout(config_with(parallel__zero=2), 4, "x.yaml")
 
 
+def test_deepep_sends_bf16_one_pass_at_a_time():
+    wanted = {"parallel__dispatcher": "deepep", "parallel__expert": 2}
+    assert layout_refusal(2, **wanted, train__precision="fp32") == (
+        "x.yaml: parallel.dispatcher: deepep sends bf16, and train.precision is fp32; use train.precision=bf16, or "
+        "all-to-all"
+    )
+    pipeline = {"parallel__pipeline": 2, "parallel__schedule": "dualpipev", "model__num_layers": 4}
+    assert layout_refusal(4, **wanted, **pipeline, train__precision="bf16") == (
+        "x.yaml: parallel.dispatcher: deepep serves one pass at a time, and parallel.schedule=dualpipev runs two; use "
+        "another schedule, or all-to-all"
+    )
+    validate_layout(config_with(**wanted, train__precision="bf16"), 2, "x.yaml")
+    validate_layout(config_with(parallel__dispatcher="deepep", train__precision="fp32"), 2, "x.yaml")  # no experts move
+
+
 def test_experts_that_do_not_split():
     assert layout_refusal(12, parallel__expert=3) == (
         "x.yaml: parallel.expert: model.moe.num_experts=8 is not divisible by 3; use 2 or 4"
