@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 ASCEND ?= .venv-ascend
 CONFIG ?= configs/tiny.yaml
 ARGS   ?=
+# Files of tests run side by side; ARGS=-n0 runs them one after the other, as a debugger wants it.
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help train test test-slow test-cuda test-ascend test-ascend-sim lint clean
 
@@ -18,11 +20,11 @@ train: $(VENV)/.installed ## train configs/tiny.yaml on this machine and sample 
 	@$(BIN)/moebius train --config $(CONFIG) --sample $(ARGS)
 
 test: $(VENV)/.installed-test ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ARGS)
 
 # pytest exits with 5 when it finds no test.
 test-slow: $(VENV)/.installed-test ## run the long matrix
-	@$(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5
+	@OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow $(ARGS) || test $$? -eq 5
 
 test-cuda: $(VENV)/.installed-test ## check every operation on this machine's NVIDIA GPU
 	@MOEBIUS_TEST_BACKEND=cuda $(BIN)/python -m pytest tests/backends/conformance -m "slow or not slow" $(ARGS)
@@ -34,7 +36,7 @@ test-ascend: $(VENV)/.installed-test ## the same on this machine's Ascend NPU
 test-ascend-sim: $(ASCEND)/.installed ## check the Ascend backend on a simulated NPU
 	@ASCEND_HOME_PATH=$(abspath $(ASCEND)/cann) ASCEND_OPP_PATH=$(abspath $(ASCEND)/cann/opp) \
 		LD_LIBRARY_PATH=$(abspath $(ASCEND)/cann) PYTORCH_NPU_ALLOC_CONF=expandable_segments:False \
-		MOEBIUS_SIMULATED_NPU=1 OMP_NUM_THREADS=1 $(ASCEND)/bin/python -m pytest tests/ascend $(ARGS)
+		MOEBIUS_SIMULATED_NPU=1 OMP_NUM_THREADS=1 $(ASCEND)/bin/python $(PYTEST) tests/ascend $(ARGS)
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	@$(BIN)/ruff check .

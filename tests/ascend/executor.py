@@ -20,8 +20,9 @@ from tests.ascend.operators import Refused, reference
 
 NPU = "PrivateUse1"
 _EXPLICIT = "CompositeExplicitAutograd"
-# torch_npu runs these itself: they only look at sizes and strides, or ask for memory.
+# torch_npu runs these itself: they only look at sizes and strides, ask for memory, or say who uses it.
 _METADATA = {"aten::empty", "aten::empty_strided", "aten::detach", "aten::alias", "aten::lift_fresh"}
+_METADATA |= {"aten::record_stream"}
 _MULTIPLIES = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::baddbmm_", "aten::addmm_", "aten::mv"}
 _MULTIPLIES |= {"aten::addmv", "aten::addmv_", "aten::matmul", "aten::linear", "aten::dot"}
 

@@ -35,6 +35,7 @@ def argument(operator: str, **changes: Callable[[Any], Any]) -> Callable[[pytest
                     kwargs[name] = change(kwargs.get(name))
             return real(*given, **kwargs)
 
+        changed.default = real.default  # type: ignore[attr-defined]  # torch looks here when it first calls one
         patch.setattr(torch.ops.npu, operator, changed)
 
     return plant

@@ -13,11 +13,13 @@ from tests.distributed.ranks import run_ranks
 from trainer.verify.difference import difference
 
 STEPS = 2
-COMMON = f"train.steps={STEPS} train.eval_every=2 train.bigram_baseline=false checkpoint.every={STEPS}"
+COMMON = (
+    f"model.num_layers=4 train.steps={STEPS} train.eval_every=2 train.bigram_baseline=false checkpoint.every={STEPS}"
+)
 LAYOUTS = {
     "alone": (1, ""),
     "experts shared": (2, "parallel.expert=2"),
-    "a pipeline": (2, "parallel.pipeline=2"),
+    "a pipeline": (2, "parallel.pipeline=2 parallel.schedule=dualpipev"),  # a stream for each stage
     "gradients shared (ZeRO-2)": (2, "parallel.zero=2"),
 }
 

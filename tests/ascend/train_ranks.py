@@ -6,13 +6,16 @@ called, and for each step whether Python may collect garbage in it.
 
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 import backends
 from backends.ascend import AscendBackend
 from backends.cpu import CpuBackend
+from parallel.pipeline import overlap
 from tests.ascend.executor import HostExecutor
 from tests.distributed.ranks import report
 from tests.small import small_config
@@ -22,6 +25,18 @@ def one_by_one(operations: list[dist.P2POp]) -> list[dist.Work]:
     """As torch does it over gloo; torch_npu's own asks HCCL for a batch."""
     sides = {dist.isend: "group_dst", dist.irecv: "group_src"}
     return [op.op(op.tensor, group=op.group, tag=op.tag, **{sides[op.op]: op.group_peer}) for op in operations]
+
+
+def compute_in_backwards(executor: HostExecutor) -> None:
+    """Dispatch modes are a thread's own, and DualPipeV's backwards have one: it enters another with the same counts."""
+
+    def enter(device: torch.device, real: Callable[[torch.device], None] = overlap._enter) -> None:
+        real(device)
+        own = HostExecutor()
+        own.called = executor.called
+        own.__enter__()
+
+    overlap._enter = enter
 
 
 def main() -> None:
@@ -35,6 +50,7 @@ def main() -> None:
 
     collecting: list[bool] = []
     with HostExecutor() as executor:
+        compute_in_backwards(executor)
         for line in runs:
             loop = Loop(prepare(small_config(Path(path), "backend=ascend", *line.split()), path, False))
             step = loop.step.run

@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # The mission's bound; every sum of a layout has another order than one process, and AdamW's division by sqrt(v)
-# magnifies that for elements whose gradient is near 0. Measured: docs/parallelism.md.
+# magnifies that for elements whose gradient is near 0. Measured: docs/pipeline.md.
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.folder)
 def test_a_schedule_trains_the_same_model(runs: Path, case: Case) -> None:
     found = compare(runs, [case], SHORT, Case())[case]

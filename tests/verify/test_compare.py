@@ -53,6 +53,14 @@ def test_a_trace_is_the_same_as_itself(against: Callable[..., Comparison]) -> No
     assert all(phase.measured for phase in found.phases)
 
 
+def test_keys_that_both_have_are_told_where_they_differ(against) -> None:
+    def change(trace: Trace) -> None:
+        trace.header.config["seed"] = 4
+        del trace.header.config["optimizer.lr"]  # as if a later version had brought it
+
+    assert against(change).differing.keys() == {"seed"}
+
+
 @pytest.mark.parametrize("factor, same", [(1 + 5e-6, True), (1 + 2e-5, False)])
 def test_a_reading_may_move_within_its_tolerance(against, factor: float, same: bool) -> None:
     found = against(scale(Key("train", 1, "forward", "layers.1.attention"), factor))

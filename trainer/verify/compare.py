@@ -82,7 +82,8 @@ class _Pair:
         ]
         phases[-1] = self._with_published_bounds(phases[-1])
         configs = self.one.header.config, self.other.header.config
-        differing = {key: (configs[0].get(key), configs[1].get(key)) for key in sorted(configs[0] | configs[1])}
+        # A key that one of them lacks came with a later version; its default is what the earlier one did.
+        differing = {key: (configs[0][key], configs[1][key]) for key in sorted(configs[0].keys() & configs[1].keys())}
         return Comparison(
             *self.names,
             phases,
