@@ -49,9 +49,9 @@ def _eval(args: argparse.Namespace) -> int:
 
     checkpoint = located(checkpoint_place(args))  # a mistake here need not wait for torch
 
-    from launch.show import announce_preparations, console, table
+    from launch.show import announce, console, table
 
-    announce_preparations()
+    announce()
     name, found = _evaluated(checkpoint, args.overrides, given, args.backend)
     figures = {**vars(found), "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}
     if args.json:

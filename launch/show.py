@@ -20,8 +20,11 @@ def table(*columns: str, numbers: int = 0) -> Table:
     return made
 
 
-def announce_preparations() -> None:
-    """Say on standard error what takes a while at the first start; of several processes the one that does it."""
-    logger = logging.getLogger("trainer.data")
+def announce(package: str = "trainer.data") -> None:
+    """Say on standard error what takes a while: a package's messages, as the one process that does it writes them.
+
+    Those of `trainer.data` are about the first start.
+    """
+    logger = logging.getLogger(package)
     logger.setLevel(logging.INFO)
     logger.handlers = [logging.StreamHandler()]

@@ -44,14 +44,14 @@ def _train(path: str, overrides: list[str], resume: bool | str, auto_resume: boo
             find_place(config, resume or auto_resume, auto_resume)  # a mistake here need not wait for torch
 
         from launch.banner import banner
-        from launch.show import announce_preparations
+        from launch.show import announce
         from parallel.topology import stop
         from trainer.data import beginnings
         from trainer.loop import Loop
         from trainer.restart import explain_lost_peer
         from trainer.setup import prepare
 
-        announce_preparations()
+        announce()
         prepared = None
         with origins.named():
             try:

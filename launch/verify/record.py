@@ -37,11 +37,14 @@ def _record(args: argparse.Namespace) -> int:
 
     config, origins = load_with_origins(args.config, args.overrides)
 
+    from launch.show import announce
     from parallel.agreement import together
     from parallel.topology import stop
     from trainer.verify.record import record
     from trainer.verify.trace import NUMBERS, check_vacant
 
+    announce()
+    announce("trainer.verify")
     with together() if "RANK" in os.environ else nullcontext(), origins.named():
         check_vacant(Path(args.out))
         try:

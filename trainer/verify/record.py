@@ -7,6 +7,7 @@ a third, like ``train`` but summed in another order, whose distance from ``train
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import replace
 from importlib.metadata import version
 from operator import attrgetter
@@ -32,6 +33,8 @@ from trainer.verify.readings import Readings, merged
 from trainer.verify.trace import Header, Trace
 
 STEPS = 3
+_SAID = {"train": "as configured", "still": "at learning rate 0", NOISE: "in another order of sums"}
+_log = logging.getLogger(__name__)
 _NOT_OF_A_TRACE = {*OWN_PLACES, "name", "run_dir", "checkpoint.initial", "metrics.wandb_project"}
 
 
@@ -81,6 +84,8 @@ def _pass(name: str, config: Config, where: str, steps: int, readings: Readings)
     _read_state(run, readings)
     for number in range(1, steps + 1):
         readings.step = number
+        if run.topology.is_main:
+            _log.info("step %d of %d, %s", number, steps, _SAID[name])
         micro_batches = step.cut(run.training.read(step.sequences, step.mine))
         first = step.mine.start
         _read_data(micro_batches, first, readings)
