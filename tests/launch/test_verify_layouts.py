@@ -68,6 +68,7 @@ def test_the_report_says_which_layout_and_what():
         Layout(edp=2): replace(SAME, load_equal=False),
         Layout("zbv", pp=2): "rank 1 ended with exit code 1",
         Layout("1f1b", pp=2): Refused("too few layers"),
+        Layout("1f1b", pp=2, recompute=True): Refused("too few layers"),
     }
     made = report(outcomes, {Layout(ep=2): "first forward: layers.1"}, 1e-5, {})
     assert made.verdict == "different"
@@ -76,7 +77,7 @@ def test_the_report_says_which_layout_and_what():
     assert list(matrix.marks) == ["same", "different", "different", "different"]
     assert first.rows == [("pp1-ep2-edp1", "first forward: layers.1")]
     assert failed.rows == [("zbv-pp2-ep1-edp1", "rank 1 ended with exit code 1")]
-    assert refused.rows == [("1f1b-pp2-ep1-edp1", "too few layers")]
+    assert refused.rows == [("1f1b-pp2-ep1-edp1, 1f1b-pp2-ep1-edp1-recompute", "too few layers")]
     (heat,) = (section for section in made.sections if section.kind == "heatmap")
     assert heat.values[1] == pytest.approx([1e-2, 2e-2, 200, 4e-2]) and heat.values[3] == [None] * 4
     assert report({Layout(ep=2): SAME}, {}, 1e-5, {}).verdict == "same"

@@ -138,8 +138,11 @@ def report(
     if failed:
         sections.append(Table("Did not train to the end", ("layout", "why"), failed, ["different"] * len(failed)))
     if refused:
-        reasons = [(layout.name, found.reason) for layout, found in refused.items()]
-        sections.append(Table("Does not apply", ("layout", "why"), reasons))
+        reasons: dict[str, list[str]] = {}
+        for layout, refusal in refused.items():
+            reasons.setdefault(refusal.reason, []).append(layout.name)
+        alike = [(", ".join(names), reason) for reason, names in reasons.items()]
+        sections.append(Table("Does not apply", ("layouts", "why"), alike))
     return Report("Layouts against one process", "different" if bad else "same", summary, sections, about)
 
 
