@@ -12,7 +12,6 @@ from tests.small import write_inputs
 from trainer.verify.difference import Difference, difference
 from trainer.verify.layouts import Layout
 
-STEPS = 20
 BOUND = 1e-5
 SEQUENCES = 16
 # Eight layers for the eight stages of four ranks, five of them dense: some stages have no experts. Few tokens and the
