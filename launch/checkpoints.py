@@ -29,6 +29,8 @@ def _checkpoints(args: argparse.Namespace) -> int:
     if (run_dir / folder.STATE).is_file():
         return _show([run_dir], [], [], args.verify)
     found, left, aside = folder.complete(run_dir), folder.unfinished(run_dir), folder.superseded(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: there is no such folder; give a run directory")
     if not found + left + aside:
         raise UserError(f"{run_dir}: holds no checkpoint; give a run directory")
     return _show(found, left, aside, args.verify)

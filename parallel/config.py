@@ -14,7 +14,8 @@ class ParallelConfig:
     expert: int = key(1, "expert-parallel ranks: each holds that share of every MoE layer's experts")
     dispatcher: str = key(
         "all-to-all",
-        "what brings tokens to the ranks of their experts: torch's all-to-all, or on NVIDIA GPUs the kernels of deepep",
+        "what brings tokens to the ranks of their experts, where there are several: torch's all-to-all, or on NVIDIA "
+        "GPUs the kernels of deepep",
         choices=("all-to-all", "deepep"),
     )
     schedule: str = key(

@@ -33,20 +33,21 @@ def check(backend: Backend, ranks: int, hidden: int, where: str) -> None:
     """
     problem = _problem(backend, ranks, hidden)
     if problem:
-        raise UserError(f"{where}: parallel.dispatcher: deepep {problem}, or use parallel.dispatcher=all-to-all")
+        raise UserError(f"{where}: parallel.dispatcher: deepep {problem[0]}; use all-to-all, or {problem[1]}")
 
 
-def _problem(backend: Backend, ranks: int, hidden: int) -> str | None:
+def _problem(backend: Backend, ranks: int, hidden: int) -> tuple[str, str] | None:
+    """What is wrong, and what would help."""
     if backend.name != "cuda":
-        return f"has kernels for NVIDIA GPUs only, and the backend is {backend.name}; use backend=cuda"
+        return f"has kernels for NVIDIA GPUs only, and the backend is {backend.name}", "a machine with such GPUs"
     try:
         _library().Buffer.get_dispatch_config(ranks)
     except ImportError as error:
-        return f"cannot be imported ({error}); install it from https://github.com/deepseek-ai/DeepEP"
+        return f"cannot be imported ({error})", "install it from https://github.com/deepseek-ai/DeepEP"
     except AssertionError:
-        return f"has no configuration for parallel.expert={ranks}; use 2, 4, 8, 16, 32 or 64"
+        return f"has no configuration for parallel.expert={ranks}", "parallel.expert=2, 4, 8, 16, 32 or 64"
     if hidden % 8:
-        return f"copies 16 bytes at a time; make model.hidden_size={hidden} a multiple of 8"
+        return f"copies 16 bytes at a time, and model.hidden_size={hidden}", "a multiple of 8"
     return None
 
 

@@ -1,6 +1,7 @@
 """From a config and this rank's place to its part of the model, the engine around it and its end of the pipeline."""
 
 from collections.abc import Callable
+from math import ceil
 
 import torch
 
@@ -79,7 +80,7 @@ def pipeline_around(
         len(layers_per_stage(config)),
         topology.pp,
         layout.schedule,
-        sequences // topology.dp.size // train.micro_batch_size,
+        ceil(sequences / topology.dp.size / train.micro_batch_size),  # without a pipeline the last may be smaller
         torch.empty(shape, dtype=hidden_dtype, device=backend.device),
         clock,
     )

@@ -55,6 +55,8 @@ def main() -> None:
                 "first": of(8, 0, *LAYOUT),
                 "last": of(8, 7, *LAYOUT, "train.precision=bf16"),
                 "busy": of(8, 0, *LAYOUT, imbalance=1.5),
+                "uneven": of(1, 0, "train.global_batch_tokens=192", "train.micro_batch_size=4"),
+                "roomy": of(2, 0, "parallel.expert=2", "train.global_batch_tokens=128", "train.micro_batch_size=4"),
                 "zero-2": of(4, 3, "parallel.zero=2", "train.global_batch_tokens=1024"),
             }
     report(found)

@@ -115,6 +115,12 @@ def test_what_is_sent(case: str, there: int, back: int, small: Path, found: dict
     assert sent == expected
 
 
+@pytest.mark.parametrize(("case", "count"), [("alone", 4), ("uneven", 2), ("roomy", 1)])
+def test_micro_batches_are_those_of_a_step(case: str, count: int, found: dict[str, Any]) -> None:
+    """Without a pipeline the last may be smaller than the others, and the only one than was asked for."""
+    assert found[case]["micro_batches"] == count
+
+
 @pytest.mark.slow
 def test_short_ways_change_nothing(small: Path) -> None:
     """Shapes that are remembered are those that torch's fake tensors find, under every schedule.

@@ -80,8 +80,8 @@ def validate_layout(config: Config, world_size: int, where: str) -> None:
         _refuse(
             where,
             "parallel.expert",
-            f"{pipelines} ranks{' of a stage' if config.parallel.pipeline > 1 else ''} do not divide into groups of "
-            f"{expert}",
+            f"{'1 rank' if pipelines == 1 else f'{pipelines} ranks'}{' of a stage' * (config.parallel.pipeline > 1)} "
+            f"{'does' if pipelines == 1 else 'do'} not divide into groups of {expert}",
             f"use {_nearest(sizes, expert)}, or start a multiple of {expert * config.parallel.pipeline} ranks",
         )
     _check_dispatcher(config, where)
