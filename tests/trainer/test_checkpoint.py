@@ -234,8 +234,10 @@ def test_saves_under_way_are_listed_as_not_complete(tmp_path: Path, capfd: pytes
     folder.begin(tmp_path, 9)
     assert main(["checkpoints", str(tmp_path)]) == 0
     assert re.search(r"^9 .*not complete *$", capfd.readouterr().out, re.MULTILINE)
-    assert main(["checkpoints", str(tmp_path / "nothing")]) == 2
-    assert "holds no checkpoint" in capfd.readouterr().err
+    (tmp_path / "empty").mkdir()
+    for name, problem in (("empty", "holds no checkpoint"), ("nothing", "there is no such folder")):
+        assert main(["checkpoints", str(tmp_path / name)]) == 2
+        assert problem in capfd.readouterr().err
 
 
 def test_a_supervised_run_starts_or_goes_on(trained: tuple[Path, Run], tmp_path: Path) -> None:
